@@ -1,0 +1,173 @@
+"""Conversion (what to do), `convert` (do it, in place), ConversionRecord (what was done, tensor by tensor).
+
+The host stays; only its core is replaced: every new tensor lives below `.core.` and every other keeps its name, so an
+original checkpoint still loads into a converted model. Parameter groups, freezing, reports and reloading all read the record.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lineate.core import CoreAttention, CoreConfig, Neighborhood
+from lineate.families import AttentionSite, Family, UnsupportedModelError, detect
+from lineate.mixers.base import Frozen
+from lineate.mixers.linear import LinearConfig, ProjQKConfig
+from lineate.mixers.softmax import SoftmaxConfig
+from lineate.mixers.ttt import TTTConfig
+
+Status = Literal["inherited", "new", "interpolated", "dropped"]
+
+
+class ConversionError(ValueError):
+    """The conversion asked for cannot be made; the message names the value and the choices."""
+
+
+class Conversion(CoreConfig):
+    """A conversion: the core (`CoreConfig`), the sites it goes to (globs over site names), what of the host's weights to keep, a seed.
+
+    `inherit` is "all", or "attention" / "mlp" to keep only those of each block and draw the blocks' other weights anew
+    (the paper's Table 10).
+    """
+
+    sites: tuple[str, ...] = ("*",)
+    inherit: Literal["all", "attention", "mlp"] = "all"
+    seed: int = 0
+
+    def core(self) -> CoreConfig:
+        """The part of the conversion that a core is built from."""
+        return CoreConfig(**{name: getattr(self, name) for name in CoreConfig.model_fields})
+
+
+class TensorRecord(Frozen):
+    """One tensor of the state dict: its name, shape, and where its values came from."""
+
+    name: str
+    shape: tuple[int, ...]
+    status: Status
+
+
+class ConversionRecord(Frozen):
+    """What a conversion did: the conversion, the family, the sites replaced, and every tensor by name."""
+
+    conversion: Conversion
+    family: str
+    host: dict[str, Any] | None  # what `Family.build` needs to make the unconverted host again; None if it cannot be told
+    sites: tuple[str, ...]
+    tensors: tuple[TensorRecord, ...]
+
+    def names(self, status: Status) -> tuple[str, ...]:
+        """Names of the tensors with this status, in state-dict order."""
+        return tuple(t.name for t in self.tensors if t.status == status)
+
+    def count(self, status: Status) -> int:
+        """Number of scalars in the tensors with this status."""
+        return sum(torch.Size(t.shape).numel() for t in self.tensors if t.status == status)
+
+
+PRESETS: dict[str, Conversion] = {
+    "softmax": Conversion(mixer=SoftmaxConfig(), key_norm="none", locality="none"),
+    "t5": Conversion(),
+    "t5-plus": Conversion(neighborhood=Neighborhood(window=5)),
+    "t5-2layer": Conversion(mixer=TTTConfig(inner="2layer", loss="l2")),
+    "linear": Conversion(mixer=LinearConfig(), locality="none"),
+    "projqk": Conversion(mixer=ProjQKConfig(), locality="none"),
+}
+
+
+def preset(name: str) -> Conversion:
+    """The preset called `name`. Raises `ConversionError` naming the choices."""
+    if name not in PRESETS:
+        raise ConversionError(f"unknown preset {name!r}; choices: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def is_new(name: str) -> bool:
+    """Whether a state-dict name belongs to a core, and so was not in the host."""
+    return ".core." in f".{name}"
+
+
+def core_modules(model: nn.Module) -> dict[str, CoreAttention]:
+    """Every core of a converted model by site name, in forward order."""
+    return {
+        name.removesuffix(".core"): module for name, module in model.named_modules() if isinstance(module, CoreAttention)
+    }
+
+
+def record(model: nn.Module) -> ConversionRecord:
+    """What was done to `model`. Raises `ConversionError` if it was not converted."""
+    found = getattr(model, "lineate_record", None)
+    if not isinstance(found, ConversionRecord):
+        raise ConversionError(f"{type(model).__name__} is not converted; call lineate.convert(model, ...) first")
+    return found
+
+
+def select_sites(family: Family, model: nn.Module, globs: tuple[str, ...]) -> list[AttentionSite]:
+    """The sites that match, checked. Raises `ConversionError` for a glob without a match, `UnsupportedModelError` for a refusal."""
+    sites = family.sites(model)
+    for glob in globs:
+        if not any(fnmatchcase(site.name, glob) for site in sites):
+            raise ConversionError(f"no attention site matches {glob!r}; sites: {', '.join(site.name for site in sites)}")
+    chosen = [site for site in sites if any(fnmatchcase(site.name, glob) for glob in globs)]
+    for site in chosen:
+        if site.refusal is not None:
+            raise UnsupportedModelError(f"{site.name} cannot be converted: {site.refusal}")
+    return chosen
+
+
+def convert(
+    model: nn.Module,
+    conversion: str | Conversion = "t5",
+    *,
+    interpolated: tuple[str, ...] = (),
+    dropped: tuple[TensorRecord, ...] = (),
+) -> nn.Module:
+    """Replace the attention cores of `model` in place, keeping every pretrained weight, and return the same model.
+
+    `conversion` is a preset's name or a `Conversion`. `interpolated` and `dropped` pass on what whoever loaded the weights
+    had to change, for the record. Everything is checked before anything is changed.
+    Raises `UnsupportedModelError` (model or site) or `ConversionError` (preset, globs, already converted).
+    """
+    if isinstance(conversion, str):
+        conversion = preset(conversion)
+    if getattr(model, "lineate_record", None) is not None:
+        raise ConversionError(f"{type(model).__name__} is already converted; load the original again to convert it anew")
+    family = detect(model)
+    family.check(model)
+    sites = select_sites(family, model, conversion.sites)
+    host = family.describe(model)
+    tracker = family.track(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(conversion.seed)
+        reset = _redraw(model, sites, conversion.inherit)
+        for site in sites:
+            reference = next(model.get_submodule(site.name).parameters())
+            core = CoreAttention(conversion.core(), site.heads, site.head_dim)
+            family.install(model, site, core.to(reference.device), tracker)
+    status = {name: "interpolated" for name in interpolated} | {name: "new" for name in reset}
+    tensors = tuple(
+        TensorRecord(name=name, shape=tuple(tensor.shape), status="new" if is_new(name) else status.get(name, "inherited"))
+        for name, tensor in model.state_dict().items()
+    )
+    model.lineate_record = ConversionRecord(
+        conversion=conversion, family=family.name, host=host, sites=tuple(site.name for site in sites), tensors=tensors + dropped
+    )
+    return model
+
+
+def _redraw(model: nn.Module, sites: list[AttentionSite], inherit: str) -> tuple[str, ...]:
+    """Draw the blocks' weights anew except the attentions' (inherit="attention") or except the MLPs' ("mlp"); names redrawn."""
+    if inherit == "all":
+        return ()
+    names: list[str] = []
+    for site in sites:
+        block_name, _, attention = site.name.rpartition(".")
+        for name, module in model.get_submodule(block_name).named_modules(prefix=block_name):
+            kept = name.startswith(f"{block_name}.{attention if inherit == 'attention' else 'mlp'}")
+            if not kept and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+                names += [f"{name}.{tensor}" for tensor, _ in module.named_parameters(recurse=False)]
+    return tuple(names)

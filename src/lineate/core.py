@@ -1,0 +1,155 @@
+"""All that lies between a host's projections and its output projection: key norm, locality, mixer, neighborhood branch.
+
+    k̂ = norm(k)                      over the tokens, per sample and channel (instance norm; equation 12)
+    q̂ = q + DWC(q), k̂ = k̂ + DWC(k̂)   depthwise 3×3 over the grid, all H·D channels (equation 14)
+    o = mixer(q̂, k̂, v)
+    o = (1 - m)·o + m·NAT(q, k, v)    on the raw q, k, v; m = 1/2 (equation 15) or learned per head
+
+Source: Li et al., arXiv 2605.02772, section 4; ε = 1, biased variance and no affine are the released code's.
+Prefix and suffix tokens take part in the norm and the mixer; convolutions and windows see the grid alone.
+
+Legend: B batch, H heads, N tokens, D head dim, C = H·D channels, h×w grid.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from lineate.layout import TokenLayout
+from lineate.mixers import MIXERS, MixerConfig
+from lineate.mixers.base import Frozen
+from lineate.ops.neighborhood import neighborhood_attention
+
+KeyNorm = Literal["instance", "instance-no-std", "instance-no-mean", "layer", "rms", "none"]
+Locality = Literal["dwc-qk", "dwc-v", "cpe", "none"]
+
+
+class Neighborhood(Frozen):
+    """A neighborhood-attention branch: `window` is odd; `mix` is the paper's one half, or a weight learned per head."""
+
+    window: int = 5
+    mix: Literal["half", "learned"] = "half"
+
+    @field_validator("window")
+    @classmethod
+    def _odd(cls, window: int) -> int:
+        if window < 3 or window % 2 == 0:
+            raise ValueError(f"window must be an odd number of at least 3, got {window}")
+        return window
+
+
+class CoreConfig(Frozen):
+    """What a core is made of; `Conversion` adds where it goes. Defaults are the paper's T⁵."""
+
+    mixer: MixerConfig = Field(default_factory=lambda: MIXERS["ttt"].config_type())
+    key_norm: KeyNorm = "instance"
+    key_norm_eps: float = Field(1.0, gt=0)
+    locality: Locality = "dwc-qk"
+    neighborhood: Neighborhood | None = None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def normalise_keys(k: Float[Tensor, "B H N D"], kind: KeyNorm, eps: float) -> Float[Tensor, "B H N D"]:
+    """Norm the keys; statistics in fp32, result in k's dtype.
+
+    instance* norm each channel over the N tokens of a sample (equation 12), layer and rms each token over its D channels.
+    """
+    if kind == "none":
+        return k
+    wide = _wide(k)
+    axis = -1 if kind in ("layer", "rms") else -2
+    if kind == "rms":
+        return (wide * (wide.square().mean(axis, keepdim=True) + eps).rsqrt()).to(k.dtype)
+    variance, mean = torch.var_mean(wide, dim=axis, correction=0, keepdim=True)
+    if kind != "instance-no-mean":
+        wide = wide - mean
+    if kind != "instance-no-std":
+        wide = wide * (variance + eps).rsqrt()
+    return wide.to(k.dtype)
+
+
+def _to_grid(x: Tensor, layout: TokenLayout) -> Tensor:
+    """(B, H, N, D) -> (B, C, h, w), channels last in memory; free when x is a view of a projection's output."""
+    start, stop = layout.prefix, layout.prefix + layout.grid_tokens
+    grid = x[:, :, start:stop].transpose(1, 2).flatten(2)
+    return grid.unflatten(1, (layout.height, layout.width)).permute(0, 3, 1, 2)
+
+
+def _from_grid(grid: Tensor, layout: TokenLayout, heads: int) -> Tensor:
+    """(B, C, h, w) -> (B, H, N, D) with zeros for the prefix and suffix tokens."""
+    tokens = grid.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (heads, -1)).transpose(1, 2)
+    return F.pad(tokens, (0, 0, layout.prefix, layout.suffix)) if layout.prefix or layout.suffix else tokens
+
+
+def _depthwise(channels: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+
+
+class CoreAttention(nn.Module):
+    """The replacement for a host's attention core, built from a `CoreConfig` for `heads` heads of `head_dim` channels.
+
+    `embed(x, layout)` is called by the host before its projections (it is CPE's place, and returns x itself otherwise);
+    `forward(q, k, v, layout)` takes and returns (B, H, N, D).
+    """
+
+    def __init__(self, config: CoreConfig, heads: int, head_dim: int, channels: int | None = None) -> None:
+        super().__init__()
+        self.config, self.heads = config, heads
+        width = heads * head_dim
+        self.mixer = MIXERS[config.mixer.name](config.mixer, heads, head_dim)
+        if config.locality == "dwc-qk":
+            self.q_conv, self.k_conv = _depthwise(width), _depthwise(width)
+        elif config.locality == "dwc-v":
+            self.v_conv = _depthwise(width)
+        elif config.locality == "cpe":
+            self.x_conv = _depthwise(channels or width)
+        if config.neighborhood is not None and config.neighborhood.mix == "learned":
+            self.mix_logit = nn.Parameter(torch.zeros(heads))
+
+    def embed(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        """x + DWC(x) on the grid tokens of x (B, N, C) with locality "cpe"; x itself otherwise."""
+        if self.config.locality != "cpe":
+            return x
+        x = x.unsqueeze(1)
+        return (x + _from_grid(self.x_conv(_to_grid(x, layout)), layout, 1)).squeeze(1)
+
+    def _convolve(self, conv: nn.Conv2d, x: Tensor, layout: TokenLayout) -> Tensor:
+        return _from_grid(conv(_to_grid(x, layout)), layout, self.heads)
+
+    def forward(
+        self, q: Float[Tensor, "B H N D"], k: Float[Tensor, "B H N D"], v: Float[Tensor, "B H N D"], layout: TokenLayout
+    ) -> Float[Tensor, "B H N D"]:
+        """Key norm, locality, mixer, neighborhood branch; the module docstring has the equations."""
+        layout.check(k.shape[-2])
+        mixed_q, mixed_k = q, normalise_keys(k, self.config.key_norm, self.config.key_norm_eps)
+        if self.config.locality == "dwc-qk":
+            mixed_q = q + self._convolve(self.q_conv, q, layout)
+            mixed_k = mixed_k + self._convolve(self.k_conv, mixed_k, layout)
+        out: Tensor = self.mixer(mixed_q, mixed_k, v, layout)
+        if self.config.locality == "dwc-v":
+            out = out + self._convolve(self.v_conv, v, layout)
+        if self.config.neighborhood is not None:
+            out = self._blend(out, q, k, v, layout)
+        return out
+
+    def _blend(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
+        """Mix in neighborhood attention on the grid tokens; prefix and suffix tokens keep the mixer's answer."""
+        assert self.config.neighborhood is not None
+        start, stop = layout.prefix, layout.prefix + layout.grid_tokens
+        near = neighborhood_attention(
+            *(x[:, :, start:stop] for x in (q, k, v)), layout.height, layout.width, self.config.neighborhood.window
+        )
+        mix = self.mix_logit.sigmoid().view(-1, 1, 1) if self.config.neighborhood.mix == "learned" else 0.5
+        grid = torch.lerp(out[:, :, start:stop], near.to(out.dtype), mix)
+        if not (layout.prefix or layout.suffix):
+            return grid
+        return torch.cat((out[:, :, :start], grid, out[:, :, stop:]), dim=-2)

@@ -1,0 +1,23 @@
+"""The operators a converted attention can use: one file a family, each `(q, k, v, layout) -> o`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from lineate.mixers.base import TokenMixer
+from lineate.mixers.linear import Linear, LinearConfig, ProjQK, ProjQKConfig
+from lineate.mixers.softmax import Softmax, SoftmaxConfig
+from lineate.mixers.ttt import TTT, TTTConfig
+
+MIXERS: dict[str, type[TokenMixer]] = {
+    "softmax": Softmax,
+    "ttt": TTT,
+    "linear": Linear,
+    "projqk": ProjQK,
+}
+
+MixerConfig = Annotated[SoftmaxConfig | TTTConfig | LinearConfig | ProjQKConfig, Field(discriminator="name")]
+
+__all__ = ["MIXERS", "MixerConfig", "TokenMixer"]
