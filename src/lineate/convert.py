@@ -7,7 +7,7 @@ original checkpoint still loads into a converted model. Parameter groups, freezi
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ class ConversionError(ValueError):
 
 
 class Conversion(CoreConfig):
-    """A conversion: the core (`CoreConfig`), the sites it goes to (globs over site names), what of the host's weights to keep, a seed.
+    """A conversion: the core (`CoreConfig`), its sites (globs over site names), what of the host's weights to keep, a seed.
 
     `inherit` is "all", or "attention" / "mlp" to keep only those of each block and draw the blocks' other weights anew
     (the paper's Table 10).
@@ -92,9 +92,7 @@ def is_new(name: str) -> bool:
 
 def core_modules(model: nn.Module) -> dict[str, CoreAttention]:
     """Every core of a converted model by site name, in forward order."""
-    return {
-        name.removesuffix(".core"): module for name, module in model.named_modules() if isinstance(module, CoreAttention)
-    }
+    return {name.removesuffix(".core"): module for name, module in model.named_modules() if isinstance(module, CoreAttention)}
 
 
 def record(model: nn.Module) -> ConversionRecord:
@@ -106,7 +104,7 @@ def record(model: nn.Module) -> ConversionRecord:
 
 
 def select_sites(family: Family, model: nn.Module, globs: tuple[str, ...]) -> list[AttentionSite]:
-    """The sites that match, checked. Raises `ConversionError` for a glob without a match, `UnsupportedModelError` for a refusal."""
+    """The sites that match. Raises `ConversionError` for a glob without a match, `UnsupportedModelError` for a refused site."""
     sites = family.sites(model)
     for glob in globs:
         if not any(fnmatchcase(site.name, glob) for site in sites):
@@ -146,13 +144,13 @@ def convert(
         for site in sites:
             reference = next(model.get_submodule(site.name).parameters())
             core = CoreAttention(conversion.core(), site.heads, site.head_dim)
-            family.install(model, site, core.to(reference.device), tracker)
+            family.install(model, site, core.to(reference.device, reference.dtype), tracker)
     status = {name: "interpolated" for name in interpolated} | {name: "new" for name in reset}
     tensors = tuple(
         TensorRecord(name=name, shape=tuple(tensor.shape), status="new" if is_new(name) else status.get(name, "inherited"))
         for name, tensor in model.state_dict().items()
     )
-    model.lineate_record = ConversionRecord(
+    cast(Any, model).lineate_record = ConversionRecord(
         conversion=conversion, family=family.name, host=host, sites=tuple(site.name for site in sites), tensors=tensors + dropped
     )
     return model

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lineate.layout import TokenLayout
 from lineate.mixers import MIXERS, MixerConfig
 from lineate.mixers.base import Frozen
+from lineate.mixers.ttt import TTTConfig
 from lineate.ops.neighborhood import neighborhood_attention
 
 KeyNorm = Literal["instance", "instance-no-std", "instance-no-mean", "layer", "rms", "none"]
@@ -47,7 +48,7 @@ class Neighborhood(Frozen):
 class CoreConfig(Frozen):
     """What a core is made of; `Conversion` adds where it goes. Defaults are the paper's T⁵."""
 
-    mixer: MixerConfig = Field(default_factory=lambda: MIXERS["ttt"].config_type())
+    mixer: MixerConfig = TTTConfig()
     key_norm: KeyNorm = "instance"
     key_norm_eps: float = Field(1.0, gt=0)
     locality: Locality = "dwc-qk"
@@ -80,8 +81,9 @@ def normalise_keys(k: Float[Tensor, "B H N D"], kind: KeyNorm, eps: float) -> Fl
 def _to_grid(x: Tensor, layout: TokenLayout) -> Tensor:
     """(B, H, N, D) -> (B, C, h, w), channels last in memory; free when x is a view of a projection's output."""
     start, stop = layout.prefix, layout.prefix + layout.grid_tokens
-    grid = x[:, :, start:stop].transpose(1, 2).flatten(2)
-    return grid.unflatten(1, (layout.height, layout.width)).permute(0, 3, 1, 2)
+    grid: Tensor = x[:, :, start:stop].transpose(1, 2).flatten(2)
+    grid = grid.unflatten(1, (layout.height, layout.width))
+    return grid.permute(0, 3, 1, 2)
 
 
 def _from_grid(grid: Tensor, layout: TokenLayout, heads: int) -> Tensor:
@@ -116,7 +118,7 @@ class CoreAttention(nn.Module):
             self.mix_logit = nn.Parameter(torch.zeros(heads))
 
     def embed(self, x: Tensor, layout: TokenLayout) -> Tensor:
-        """x + DWC(x) on the grid tokens of x (B, N, C) with locality "cpe"; x itself otherwise."""
+        """Give x + DWC(x) on the grid tokens of x (B, N, C) with locality "cpe"; x itself otherwise."""
         if self.config.locality != "cpe":
             return x
         x = x.unsqueeze(1)
@@ -145,9 +147,8 @@ class CoreAttention(nn.Module):
         """Mix in neighborhood attention on the grid tokens; prefix and suffix tokens keep the mixer's answer."""
         assert self.config.neighborhood is not None
         start, stop = layout.prefix, layout.prefix + layout.grid_tokens
-        near = neighborhood_attention(
-            *(x[:, :, start:stop] for x in (q, k, v)), layout.height, layout.width, self.config.neighborhood.window
-        )
+        q, k, v = (x[:, :, start:stop] for x in (q, k, v))
+        near = neighborhood_attention(q, k, v, layout.height, layout.width, self.config.neighborhood.window)
         mix = self.mix_logit.sigmoid().view(-1, 1, 1) if self.config.neighborhood.mix == "learned" else 0.5
         grid = torch.lerp(out[:, :, start:stop], near.to(out.dtype), mix)
         if not (layout.prefix or layout.suffix):

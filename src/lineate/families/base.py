@@ -39,25 +39,30 @@ class GridTracker:
 
     As a forward hook of the patchify convolution it reads h×w off the output. As a forward pre-hook of each block it tags the
     block's input with that grid: when gradient checkpointing runs a block again, perhaps after a picture of another
-    shape went by, the tag tells which grid the input had.
+    shape went by, the tag tells which grid the input had. Blocks inside a checkpointed segment get new inputs in that second
+    run; they use the grid that the segment's first block, or the patchify convolution, found in the same backward pass.
     """
 
     def __init__(self, prefix: int = 0, suffix: int = 0) -> None:
         self.prefix, self.suffix = prefix, suffix
         self.grid: tuple[int, int] | None = None
+        self.backward_pass = -1  # the backward pass in which `grid` was found; -1 outside any
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Forward hook of the patchify convolution; `output` is (B, C, h, w)."""
         self.grid = (output.shape[-2], output.shape[-1])
+        if not torch.compiler.is_compiling():
+            self.backward_pass = torch._C._current_graph_task_id()
 
     def enter_block(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of a block; args[0] is its input (B, N, C). Raises on reentrant checkpointing."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         tag = getattr(args[0], "_lineate_grid", None)
+        backward_pass = torch._C._current_graph_task_id()
         if tag is not None:
-            self.grid = tag
-        elif torch._C._current_graph_task_id() != -1:  # inside backward, on a tensor that the forward pass never saw
+            self.grid, self.backward_pass = tag, backward_pass
+        elif backward_pass not in (-1, self.backward_pass):  # inside backward, on a tensor that the forward pass never saw
             raise RuntimeError(
                 "reentrant gradient checkpointing loses the token grid of a converted model and gives wrong gradients; "
                 "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"

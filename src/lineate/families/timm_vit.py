@@ -26,9 +26,17 @@ from lineate.families.base import AttentionSite, Family, GridTracker, Unsupporte
 class ConvertedAttention(nn.Module):
     """timm's attention with its middle replaced: the host's children under their own names, and `core`."""
 
+    qkv: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+    norm: nn.Module
+    gate: nn.Module | None
+    proj: nn.Module
+    proj_drop: nn.Module
+
     def __init__(self, host: Attention, core: CoreAttention, tracker: GridTracker) -> None:
         super().__init__()
-        self.num_heads, self.head_dim, self.attn_dim = host.num_heads, host.head_dim, host.attn_dim
+        self.num_heads, self.head_dim = host.num_heads, host.head_dim
         for name, child in host.named_children():
             self.add_module(name, child)
         if not hasattr(self, "gate"):
@@ -47,18 +55,20 @@ class ConvertedAttention(nn.Module):
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         out = self.core(self.q_norm(q), self.k_norm(k), v, layout)
-        out = self.norm(out.transpose(1, 2).reshape(batch, tokens, self.attn_dim))
+        out = self.norm(out.transpose(1, 2).flatten(2))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(out))
+        projected: Tensor = self.proj_drop(self.proj(out))
+        return projected
 
 
-def _refusal(attention: nn.Module) -> str | None:
+def _refusal(attention: Any) -> str | None:
     """Why this attention cannot be converted, or None."""
     if type(attention) is not Attention:
         return f"its attention is {type(attention).__name__}, not timm.layers.Attention"
     if attention.attn_drop.p > 0:
-        return f"it drops attention weights in training (attn_drop={attention.attn_drop.p}); build the model with attn_drop_rate=0"
+        rate = attention.attn_drop.p
+        return f"it drops attention weights in training (attn_drop={rate}); build the model with attn_drop_rate=0"
     return None
 
 
@@ -71,7 +81,7 @@ class TimmViT(Family):
         """Whether `model` is a timm VisionTransformer."""
         return isinstance(model, VisionTransformer)
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: Any) -> None:
         """Refuse dropped patches and a patch embedding without a convolution: both hide the grid."""
         if isinstance(model.patch_drop, PatchDropout):
             raise UnsupportedModelError("patch_drop: dropped patches leave no grid; build the model with patch_drop_rate=0")
@@ -80,11 +90,11 @@ class TimmViT(Family):
                 f"patch_embed: {type(model.patch_embed).__name__} has no convolution `proj` to read the token grid from"
             )
 
-    def sites(self, model: nn.Module) -> list[AttentionSite]:
+    def sites(self, model: Any) -> list[AttentionSite]:
         """One site a block, `blocks.{i}.attn`."""
         return list(self._sites(model))
 
-    def _sites(self, model: nn.Module) -> Iterator[AttentionSite]:
+    def _sites(self, model: Any) -> Iterator[AttentionSite]:
         for index, block in enumerate(model.blocks):
             attention = getattr(block, "attn", None)
             if attention is None:
@@ -93,7 +103,7 @@ class TimmViT(Family):
                 head_dim = getattr(attention, "head_dim", 0)
                 yield AttentionSite(f"blocks.{index}.attn", attention.num_heads, head_dim, refusal=_refusal(attention))
 
-    def track(self, model: nn.Module) -> GridTracker:
+    def track(self, model: Any) -> GridTracker:
         """Hook the patchify convolution and every block."""
         tracker = GridTracker(prefix=model.num_prefix_tokens)
         model.patch_embed.proj.register_forward_hook(tracker)
@@ -107,7 +117,7 @@ class TimmViT(Family):
         assert isinstance(host, Attention)
         model.set_submodule(site.name, ConvertedAttention(host, core, tracker))
 
-    def describe(self, model: nn.Module) -> dict[str, Any] | None:
+    def describe(self, model: Any) -> dict[str, Any] | None:
         """The arguments that make the same host again, checked by making it without memory and comparing every module."""
         for description in _descriptions(model):
             try:
@@ -126,10 +136,11 @@ class TimmViT(Family):
             built: nn.Module = timm.create_model(description["architecture"], pretrained=False, **arguments)
             return built
         classes = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
-        return classes[description["class"]](**arguments)
+        by_hand: nn.Module = classes[description["class"]](**arguments)
+        return by_hand
 
 
-def _settings(model: nn.Module) -> dict[str, Any]:
+def _settings(model: Any) -> dict[str, Any]:
     """What `forward` depends on that no module's repr shows."""
     names = ("num_classes", "global_pool", "num_prefix_tokens", "no_embed_class", "pool_include_prefix", "dynamic_img_size")
     found = {name: getattr(model, name, None) for name in names}
@@ -141,7 +152,7 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def _descriptions(model: nn.Module) -> Iterator[dict[str, Any]]:
+def _descriptions(model: Any) -> Iterator[dict[str, Any]]:
     """Ways to make `model` again, the shortest first; `describe` keeps the first that truly does."""
     patch = model.patch_embed
     image = {
@@ -156,7 +167,9 @@ def _descriptions(model: nn.Module) -> Iterator[dict[str, Any]]:
     if architecture:
         yield {"architecture": architecture, "arguments": image}
     block = model.blocks[0]
-    attention = block.attn
+    attention = getattr(block, "attn", None)
+    if not isinstance(attention, Attention):
+        return
     geometry = image | {
         "patch_size": list(patch.patch_size),
         "embed_dim": model.embed_dim,

@@ -61,6 +61,6 @@ def neighborhood_attention(
     q_tiles = (q * dim**-0.5).index_select(2, query).view(batch, heads, tiles, per_tile, dim)
     k_tiles = k.index_select(2, key).view(batch, heads, tiles, -1, dim)
     v_tiles = v.index_select(2, key).view(batch, heads, tiles, -1, dim)
-    scores = (q_tiles @ k_tiles.mT).masked_fill(~mask, float("-inf"))
+    scores: Tensor = (q_tiles @ k_tiles.mT).masked_fill(~mask, float("-inf"))
     out = scores.softmax(dim=-1).to(v_tiles.dtype) @ v_tiles
     return out.reshape(batch, heads, tiles * per_tile, dim).index_select(2, answer)
