@@ -1,0 +1,176 @@
+"""Looking inside: how far the keys are off-centre, which tokens a query draws on, and what the patch features look like.
+
+    key shift            ‖mean_i k_i‖ / mean_i ‖k_i‖                     (equation 11: near 0 centred, near 1 one big shift)
+    implicit attention   A(i, j) = ‖∂o_i/∂v_j‖_F / √D                    (equation 13, for any mixer)
+
+For softmax attention ∂o_i/∂v_j = A_ij·I, whose Frobenius norm is √D·A_ij: hence the division, which makes the map the
+attention matrix itself. Source: Li et al., arXiv 2605.02772, section 4.
+Both read what really passes in a forward pass, in original, converted and partly converted models alike.
+
+Legend: B batch, H heads, N tokens, D head dim, C = H·D channels, h×w grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lineate.convert import core_modules
+from lineate.evaluate import EvaluationError, batches, evaluating
+from lineate.families import detect
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_CHILDREN = ("qkv", "q_norm", "k_norm")
+
+
+def _attentions(model: nn.Module) -> dict[str, Any]:
+    """Every attention of a host or converted model by site name. Raises `EvaluationError` for one that hides its keys."""
+    sites = detect(model).sites(model)
+    found = {site.name: model.get_submodule(site.name) for site in sites}
+    for site in sites:
+        if not all(isinstance(getattr(found[site.name], child, None), nn.Module) for child in _CHILDREN):
+            raise EvaluationError(f"{site.name} cannot be looked into: {site.refusal}")
+    return found
+
+
+@torch.inference_mode()
+def key_shift(model: nn.Module, images: Iterable[Tensor]) -> dict[str, float]:
+    """Key-shift ratio of every attention site, a mean over `images`: (3, h, w) or (B, 3, h, w), normalised, of any shapes.
+
+    Equation 11: k_i is a grid token's whole key, all heads side by side (C), after the host's own key norm if it has one and
+    before a core's. Class and register tokens are left out. Raises `EvaluationError` if there are no images.
+    """
+    attentions = _attentions(model)
+    prefix: Any = model.num_prefix_tokens
+    totals = dict.fromkeys(attentions, 0.0)
+
+    def note(site: str, module: nn.Module, args: tuple[Any, ...], k: Tensor) -> None:
+        keys = k[:, :, prefix:].transpose(1, 2).flatten(2).double()
+        size = keys.norm(dim=-1).mean(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
+        totals[site] += float((keys.mean(dim=1).norm(dim=-1) / size).sum())
+
+    handles = [a.k_norm.register_forward_hook(partial(note, site)) for site, a in attentions.items()]
+    count = 0
+    try:
+        with evaluating(model):
+            for batch in batches(images, model):
+                model(batch)
+                count += len(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {site: total / count for site, total in totals.items()}
+
+
+def _forward(model: nn.Module, image: Tensor) -> None:
+    (batch,) = batches([image], model)
+    if len(batch) != 1:
+        raise EvaluationError(f"an implicit attention map is of one picture, got a batch of {len(batch)}")
+    with torch.no_grad(), evaluating(model):  # not inference_mode: autograd goes on from what is captured here
+        model(batch)
+
+
+def _core_inputs(core: nn.Module, model: nn.Module, image: Tensor) -> tuple[Any, ...]:
+    """(q, k, v, layout) as they reach a core in a forward pass."""
+    seen: list[tuple[Any, ...]] = []
+    handle = core.register_forward_pre_hook(lambda module, args: seen.append(args))
+    try:
+        _forward(model, image)
+    finally:
+        handle.remove()
+    return seen[-1]
+
+
+def _host_inputs(attention: Any, model: nn.Module, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (1, H, N, D) as they reach a host's softmax attention in a forward pass."""
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        seen[name] = out
+
+    handles = [getattr(attention, name).register_forward_hook(partial(note, name)) for name in _CHILDREN]
+    try:
+        _forward(model, image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    q, k = seen["q_norm"], seen["k_norm"]
+    v = seen["qkv"].unflatten(-1, (3, *q.shape[1::2]))[:, :, 2].transpose(1, 2)
+    return q, k, v
+
+
+def _values_to_output(model: nn.Module, image: Tensor, site: str, query: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The values (1, H, N, D) at a site, and the function from them to the query's output (H, D) with q and k held still."""
+    core = core_modules(model).get(site)
+    if core is not None:
+        q, k, v, layout = _core_inputs(core, model, image)
+        return v, lambda values: core(q, k, values, layout)[0, :, query]
+    attention = _attentions(model)[site]
+    q, k, v = _host_inputs(attention, model, image)
+    row = q[:, :, query : query + 1]  # softmax answers each query alone, so one row is all it takes
+    return v, lambda values: F.scaled_dot_product_attention(row, k, values)[0, :, 0]
+
+
+def implicit_attention(model: nn.Module, image: Tensor, site: str, query: int) -> Float[Tensor, "H N"]:
+    """How much each token's value weighs in one query's output at `site`: A(query, j) for every head and token j, (H, N).
+
+    `image` is (3, h, w) or (1, 3, h, w), normalised; `query` a token's index, class and register tokens first. One backward pass
+    through the core for each of D output channels. Raises `EvaluationError` for an unknown site or a query that is not there.
+    """
+    attentions = _attentions(model)
+    if site not in attentions:
+        raise EvaluationError(f"no attention site {site!r}; sites: {', '.join(attentions)}")
+    values, output = _values_to_output(model, image, site, query)
+    tokens = values.shape[-2]
+    if not 0 <= query < tokens:
+        raise EvaluationError(f"query {query} is not a token: the picture has tokens 0 to {tokens - 1}")
+    with torch.enable_grad():
+        v = values.detach().requires_grad_()
+        out = output(v)
+        squares = torch.zeros(v.shape[1:3], dtype=torch.float64, device=v.device)
+        for channel in range(out.shape[-1]):  # heads do not mix in a core, so one pass serves them all
+            (gradient,) = torch.autograd.grad(out[:, channel].sum(), v, retain_graph=True)
+            squares += gradient[0].double().square().sum(dim=-1)
+    return (squares / out.shape[-1]).sqrt().float()
+
+
+def pca_basis(features: Float[Tensor, "N C"]) -> tuple[Float[Tensor, " C"], Float[Tensor, "C 3"]]:
+    """The mean and the three leading principal directions of `features`, orthonormal columns, in fp64.
+
+    A direction's sign is free: its largest entry is made positive, so that maps do not flip colours from run to run.
+    """
+    if min(features.shape) < 3:
+        raise EvaluationError(f"three principal components need at least 3 tokens and 3 channels, got {tuple(features.shape)}")
+    wide = features.detach().cpu().double()
+    mean = wide.mean(dim=0)
+    basis = torch.linalg.svd(wide - mean, full_matrices=False).Vh[:3].mT
+    sign = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True)).sign()
+    return mean, basis * sign
+
+
+def pca_rgb(
+    features_a: Float[Tensor, "N C"], features_b: Float[Tensor, "N C"], grid: tuple[int, int]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Two (h, w, 3) pictures in [0, 1] of patch features (h·w, C), comparable: basis and colour range are fitted on a alone.
+
+    The range is a's 1st to 99th percentile of each component; what lies outside is clipped. Raises `EvaluationError` on shapes.
+    """
+    height, width = grid
+    for features in (features_a, features_b):
+        if features.ndim != 2 or len(features) != height * width:
+            raise EvaluationError(f"features of shape {tuple(features.shape)} are not (h·w, C) for a {height}×{width} grid")
+    mean, basis = pca_basis(features_a)
+    maps = [(features.detach().cpu().double() - mean) @ basis for features in (features_a, features_b)]
+    low, high = torch.quantile(maps[0], torch.tensor([0.01, 0.99], dtype=torch.float64), dim=0)
+    span = (high - low).clamp_min(torch.finfo(torch.float64).tiny)
+    a, b = (((m - low) / span).clamp(0, 1).unflatten(0, grid).numpy() for m in maps)
+    return a, b
