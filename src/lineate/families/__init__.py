@@ -42,7 +42,7 @@ def _reason(model: nn.Module) -> str:
     if getattr(model, "rope", None) is not None:
         return "rope turns its queries and keys by their position, which no core does yet"
     if type(model).__name__ == "NaFlexVit":
-        return "embeds packs pictures of several grids into one padded sequence under an attention mask, which only softmax can honour"
+        return "embeds packs pictures into padded sequences under an attention mask, which only softmax can honour"
     return f"not a plain vision transformer of a supported library ({', '.join(FAMILIES)})"
 
 

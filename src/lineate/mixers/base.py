@@ -43,4 +43,5 @@ class TokenMixer(nn.Module):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
+        """What `print(model)` shows."""
         return f"{self.config!r}, heads={self.heads}, head_dim={self.head_dim}"

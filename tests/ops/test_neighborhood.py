@@ -1,0 +1,85 @@
+"""Neighborhood attention against a loop over the queries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lineate.ops.neighborhood import neighborhood_attention
+
+# Smaller than the window, one tile exactly, not a multiple of the tile of 8, one row, tall and wide.
+GRIDS = [(1, 1), (2, 3), (1, 12), (3, 3), (5, 4), (8, 8), (9, 7), (16, 5), (11, 18)]
+
+
+def by_loop(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, window: int) -> Tensor:
+    rows, columns = min(window, height), min(window, width)
+    out = []
+    for y in range(height):
+        for x in range(width):
+            top, left = min(max(y - window // 2, 0), height - rows), min(max(x - window // 2, 0), width - columns)
+            seen = [a * width + b for a in range(top, top + rows) for b in range(left, left + columns)]
+            i = y * width + x
+            out.append(F.scaled_dot_product_attention(q[:, :, i : i + 1], k[:, :, seen], v[:, :, seen]))
+    return torch.cat(out, dim=2)
+
+
+def qkv(height: int, width: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [torch.randn(2, 3, height * width, 4, dtype=dtype) for _ in range(3)]
+
+
+@pytest.mark.parametrize("window", [3, 5, 7])
+@pytest.mark.parametrize(("height", "width"), GRIDS)
+def test_equals_brute_force_in_output_and_gradients(height: int, width: int, window: int) -> None:
+    leaves = [x.requires_grad_() for x in qkv(height, width)]
+    cotangent = torch.randn_like(leaves[0])
+    outputs, gradients = [], []
+    for attention in (neighborhood_attention, by_loop):
+        out = attention(*leaves, height, width, window)
+        outputs.append(out.detach())
+        gradients.append(torch.autograd.grad((out * cotangent).sum(), leaves))
+    torch.testing.assert_close(*outputs)
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_window_as_large_as_the_grid_is_full_attention() -> None:
+    q, k, v = qkv(4, 6)
+    torch.testing.assert_close(neighborhood_attention(q, k, v, 4, 6, 7), F.scaled_dot_product_attention(q, k, v))
+
+
+def test_a_window_of_one_returns_the_values() -> None:
+    q, k, v = qkv(5, 9)
+    assert torch.equal(neighborhood_attention(q, k, v, 5, 9, 1), v)
+
+
+def test_a_value_out_of_the_window_is_not_seen() -> None:
+    q, k, v = qkv(9, 9)
+    changed = v.clone()
+    changed[:, :, -1] += 100.0
+    difference = neighborhood_attention(q, k, v, 9, 9, 3) != neighborhood_attention(q, k, changed, 9, 9, 3)
+    seen = difference.any(dim=-1).all(dim=1).all(dim=0).view(9, 9)
+    expected = torch.zeros(9, 9, dtype=torch.bool)
+    expected[-2:, -2:] = True  # the corner lies in the windows of exactly these queries, the border's being shifted inwards
+    assert torch.equal(seen, expected)
+
+
+def test_half_precision_stays_half_and_close() -> None:
+    q, k, v = qkv(9, 10, torch.bfloat16)
+    out = neighborhood_attention(q, k, v, 9, 10, 5)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        out.float(), neighborhood_attention(q.float(), k.float(), v.float(), 9, 10, 5), atol=0.03, rtol=0.03
+    )
+
+
+@pytest.mark.parametrize("window", [0, 2, -3])
+def test_a_window_that_is_not_odd_is_refused(window: int) -> None:
+    with pytest.raises(ValueError, match=f"positive odd number, got {window}"):
+        neighborhood_attention(*qkv(4, 4), 4, 4, window)
+
+
+def test_tokens_that_do_not_fill_the_grid_are_refused() -> None:
+    with pytest.raises(ValueError, match="16 tokens do not fill a 4×5 grid"):
+        neighborhood_attention(*qkv(4, 4), 4, 5, 3)
