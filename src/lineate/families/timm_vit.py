@@ -133,6 +133,8 @@ class TimmViT(Family):
         """`timm.create_model` for a named architecture, the class itself for a model that was built by hand."""
         arguments = dict(description["arguments"])
         if "architecture" in description:
+            if not timm.is_model(description["architecture"]):  # create_model would take "hf-hub:..." and ask the network
+                raise ValueError(f"timm {timm.__version__} has no architecture {description['architecture']!r}")
             built: nn.Module = timm.create_model(description["architecture"], pretrained=False, **arguments)
             return built
         classes = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
@@ -163,9 +165,11 @@ def _descriptions(model: Any) -> Iterator[dict[str, Any]]:
         "dynamic_img_size": model.dynamic_img_size,
         "dynamic_img_pad": patch.dynamic_img_pad,
     }
-    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    if architecture:
-        yield {"architecture": architecture, "arguments": image}
+    config = getattr(model, "pretrained_cfg", None) or {}
+    if config.get("architecture"):
+        # The tag goes with it: mean and std of the pictures depend on which pretrained weights of an architecture they were.
+        name = ".".join(part for part in (config["architecture"], config.get("tag")) if part)
+        yield {"architecture": name, "arguments": image}
     block = model.blocks[0]
     attention = getattr(block, "attn", None)
     if not isinstance(attention, Attention):

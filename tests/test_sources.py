@@ -1,0 +1,200 @@
+"""Every form of SOURCE gives a model and what its pictures must look like, or one clear line that names the choices."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lineate import checkpoint, sources
+from lineate.convert import convert, record
+from lineate.families import UnsupportedModelError
+from lineate.sources import SourceError, load_source
+
+NAME = "vit_tiny_patch16_224"
+
+
+def one_line(text: str, **settings: Any) -> str:
+    with pytest.raises(SourceError) as caught:
+        load_source(text, **settings)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail as soon as a model is made."""
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("work was begun"))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(NAME, dynamic_img_size=True).eval()
+
+
+@pytest.mark.parametrize("text", ["", "vit_tiny_patch16_224", "hub:x", "no/such/directory", "Embedded"])
+def test_an_unknown_form_names_the_four(text: str) -> None:
+    line = one_line(text)
+    assert repr(text) in line
+    assert all(form in line for form in ("embedded", "timm:NAME,", "timm:NAME@CHECKPOINT", "a directory saved by lineate"))
+
+
+@pytest.mark.usefixtures("no_work")
+def test_unknown_names_suggest_near_ones_before_any_work(tmp_path: Path) -> None:
+    assert "no model 'vit_tinny_patch16_224'" in one_line("timm:vit_tinny_patch16_224")
+    assert NAME in one_line("timm:vit_tinny_patch16_224").split("near names:")[1]
+    assert f"{NAME}.augreg_in21k" in one_line(f"timm:{NAME}.augreg_in21").split("near names:")[1]
+    assert f"{NAME}.augreg_in21k" in one_line(f"timm:{NAME}.augreg_in21@{tmp_path / 'x.pth'}").split("near names:")[1]
+    assert "near names" not in one_line("timm:zzzzzzzzzzzz")
+    assert "no model ''" in one_line("timm:")
+    assert "no model 'hf-hub:someone/something'" in one_line("timm:hf-hub:someone/something")
+    assert "no pretrained weights for 'vit_base_patch16_18x2_224'" in one_line("timm:vit_base_patch16_18x2_224")
+
+
+def test_a_model_that_no_conversion_fits_is_refused_before_the_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+
+    def never_pretrained(*args: Any, pretrained: bool = False, **settings: Any) -> nn.Module:
+        assert not pretrained, "a download was begun"
+        return create(*args, **settings)
+
+    monkeypatch.setattr(timm, "create_model", never_pretrained)
+    for name in ("resnet18", "swin_tiny_patch4_window7_224", "vit_base_mci_224"):
+        with pytest.raises(UnsupportedModelError, match=r"cannot be converted|no convolution `proj`"):
+            load_source(f"timm:{name}")
+
+
+def test_pretrained_model_takes_any_picture_size_and_brings_its_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    create, asked = timm.create_model, []
+
+    def from_hub(name: str, pretrained: bool = False, **settings: Any) -> nn.Module:
+        asked.append((name, pretrained, settings))
+        return create(name, **settings)
+
+    monkeypatch.setattr(timm, "create_model", from_hub)
+    source = load_source(f"timm:{NAME}.augreg_in21k")
+    assert asked[-1] == (f"{NAME}.augreg_in21k", True, {"dynamic_img_size": True})
+    assert (source.name, source.image_size, source.multiple) == (f"timm:{NAME}.augreg_in21k", 224, 16)
+    assert source.mean == source.std == (0.5, 0.5, 0.5)  # this model's own, not ImageNet's
+    assert source.interpolated == () and source.head is None and not source.model.training
+    with torch.no_grad():
+        assert source.model.forward_features(torch.zeros(1, 3, 48, 80)).shape == (1, 1 + 3 * 5, 192)
+    assert load_source(f"timm:{NAME}", image_size=448).image_size == 448
+
+
+def test_a_failed_download_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+
+    def offline(*args: Any, pretrained: bool = False, **settings: Any) -> nn.Module:
+        if pretrained:
+            raise OSError("cannot reach the hub\nand much more about it")
+        return create(*args, **settings)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    line = one_line(f"timm:{NAME}")
+    assert f"cannot get the weights of timm:{NAME}: cannot reach the hub; " in line and "@CHECKPOINT" in line
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_local_file_fills_the_architecture(tmp_path: Path, tiny: nn.Module, suffix: str) -> None:
+    file = tmp_path / f"weights{suffix}"
+    state = tiny.state_dict()
+    save_file(state, file) if suffix == ".safetensors" else torch.save({"model": state, "epoch": 3}, file)
+    source = load_source(f"timm:{NAME}@{file}")
+    assert source.name == f"timm:{NAME}@{file}" and source.interpolated == ()
+    picture = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(source.model(picture), tiny(picture))
+
+
+@pytest.mark.parametrize("prefix", ["", "visual.trunk."])
+def test_a_grid_of_another_size_is_resampled_and_recorded(tmp_path: Path, prefix: str) -> None:
+    torch.manual_seed(0)
+    small = timm.create_model(NAME, img_size=96)
+    save_file({prefix + name: tensor for name, tensor in small.state_dict().items()}, tmp_path / "small.safetensors")
+    source = load_source(f"timm:{NAME}@{tmp_path / 'small.safetensors'}")
+    assert source.interpolated == ("pos_embed",)
+    assert source.model.pos_embed.shape == (1, 197, 192)
+    assert torch.equal(source.model.blocks[3].attn.qkv.weight, small.blocks[3].attn.qkv.weight)
+    assert record(convert(source.model, interpolated=source.interpolated)).names("interpolated") == ("pos_embed",)
+
+
+def test_names_of_the_original_programs_are_translated(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    name = "deit3_small_patch16_224"
+    model = timm.create_model(name, depth=1)
+    state = {key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): t for key, t in model.state_dict().items()}
+    assert "blocks.0.gamma_1" in state
+    save_file(state | {"blocks.0.gamma_1": torch.full((384,), 0.25)}, tmp_path / "deit3.safetensors")
+    create = timm.create_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", lambda *args, **settings: create(*args, depth=1, **settings))
+        source = load_source(f"timm:{name}@{tmp_path / 'deit3.safetensors'}")
+    assert torch.equal(source.model.blocks[0].ls1.gamma, torch.full((384,), 0.25)) and source.interpolated == ()
+
+
+def test_a_file_that_does_not_fit_is_one_clear_line(tmp_path: Path, tiny: nn.Module) -> None:
+    state = tiny.state_dict()
+    file = tmp_path / "weights.safetensors"
+    save_file({name: tensor for name, tensor in state.items() if name != "norm.bias"}, file)
+    assert "does not fit the model: missing norm.bias" in one_line(f"timm:{NAME}@{file}")
+    save_file(state | {"stray": torch.zeros(1)}, file)
+    assert "does not fit the model: unexpected stray" in one_line(f"timm:{NAME}@{file}")
+    save_file(state | {"head.bias": torch.zeros(3)}, file)
+    assert "head.bias has shape (3,) instead of (1000,)" in one_line(f"timm:{NAME}@{file}")
+    save_file(state | {"pos_embed": torch.zeros(1, 12, 192)}, file)
+    assert "does not fit" in one_line(f"timm:{NAME}@{file}")
+    file.write_bytes(b"cut")
+    assert "cannot be read" in one_line(f"timm:{NAME}@{file}")
+    assert "is not there" in one_line(f"timm:{NAME}@{tmp_path / 'gone.pth'}")
+    assert "no file after the @" in one_line(f"timm:{NAME}@")
+
+
+def test_directory_is_the_saved_model(tmp_path: Path) -> None:
+    model = timm.create_model(f"{NAME}.augreg_in21k", img_size=64, num_classes=3, dynamic_img_size=True).eval()
+    checkpoint.save(convert(model, "t5", interpolated=("pos_embed",)), tmp_path / "m")
+    source = load_source(str(tmp_path / "m"))
+    assert record(source.model) == record(model) and source.interpolated == ("pos_embed",)
+    assert (source.image_size, source.multiple, source.mean) == (64, 16, (0.5, 0.5, 0.5))
+    picture = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        assert torch.equal(source.model(picture), model(picture))
+    assert load_source(str(tmp_path / "m"), image_size=32).image_size == 32
+
+
+@pytest.mark.parametrize("size", [0, 15, 100])
+def test_an_image_size_that_is_no_multiple_of_the_patch_is_refused(tmp_path: Path, size: int) -> None:
+    model = timm.create_model(NAME, img_size=64, num_classes=3, depth=1, dynamic_img_size=True)
+    checkpoint.save(convert(model), tmp_path / "m")
+    line = one_line(str(tmp_path / "m"), image_size=size)
+    assert f"image size {size} is not a multiple of the patch (16 px)" in line
+    assert ("near: 96, 112" if size == 100 else "near: 16, 32") in line
+
+
+def test_a_foreign_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(checkpoint.CheckpointError, match="was not saved by lineate"):
+        load_source(str(tmp_path))
+
+
+def test_embedded_brings_its_head(monkeypatch: pytest.MonkeyPatch, tiny: nn.Module) -> None:
+    """The package is not needed here: its reader has tests of its own."""
+    head = nn.Identity()
+    monkeypatch.setattr(sources, "embedded_model", lambda: (tiny, head))
+    source = load_source("embedded")
+    assert source.model is tiny and source.head is head and source.name == "embedded"
+    assert source.interpolated == ("pos_embed",) and source.mean == (0.485, 0.456, 0.406)
+
+
+def test_importing_pulls_in_neither_timm_nor_pillow() -> None:
+    check = "import sys; from lineate import checkpoint, released, images, sources; "
+    check += "print([name for name in ('timm', 'torchvision', 'PIL', 'onnx') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
