@@ -1,1 +1,30 @@
-"""lineate."""
+"""lineate: turn a pretrained softmax-attention vision transformer into a linear-time one.
+
+`convert` replaces the attention cores in place, `calibrate` fits what is new to the model's own attention, `save` and `load`
+keep it, `record` tells what was done. Importing this pulls in torch and no other heavy library: a host library is imported
+when a model of it is converted.
+"""
+
+from lineate.calibrate import CalibrationConfig, CalibrationResult, calibrate
+from lineate.checkpoint import load, save
+from lineate.convert import PRESETS, Conversion, ConversionRecord, convert, preset, record
+from lineate.layout import TokenLayout
+from lineate.released import from_released
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "CalibrationConfig",
+    "CalibrationResult",
+    "Conversion",
+    "ConversionRecord",
+    "TokenLayout",
+    "calibrate",
+    "convert",
+    "from_released",
+    "load",
+    "preset",
+    "record",
+    "save",
+]

@@ -138,7 +138,7 @@ def convert(
     sites = select_sites(family, model, conversion.sites)
     host = family.describe(model)
     tracker = family.track(model)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(conversion.seed)
         reset = _redraw(model, sites, conversion.inherit)
         for site in sites:

@@ -96,6 +96,10 @@ class Family(ABC):
         """Every attention of an unconverted model, in forward order, those it must refuse included."""
 
     @abstractmethod
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The blocks that hold the sites, in forward order; each maps hidden tokens (B, N, C) to the next block's."""
+
+    @abstractmethod
     def track(self, model: nn.Module) -> GridTracker:
         """Hang a tracker into the model's hooks."""
 

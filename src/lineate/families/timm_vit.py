@@ -103,6 +103,10 @@ class TimmViT(Family):
                 head_dim = getattr(attention, "head_dim", 0)
                 yield AttentionSite(f"blocks.{index}.attn", attention.num_heads, head_dim, refusal=_refusal(attention))
 
+    def blocks(self, model: Any) -> list[nn.Module]:
+        """`model.blocks`."""
+        return list(model.blocks)
+
     def track(self, model: Any) -> GridTracker:
         """Hook the patchify convolution and every block."""
         tracker = GridTracker(prefix=model.num_prefix_tokens)

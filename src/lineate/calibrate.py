@@ -1,0 +1,321 @@
+"""Calibration: fit the new parameters of a converted model to its own softmax attention, on images, without labels.
+
+    1  Sites in order. At site l the host's stream and the converted stream both arrive; the core sees the queries, keys and
+       values of the converted one (so it learns to live with, and to correct, the errors of the cores before it) and is
+       fitted to the attention output of the host's:   min_θ  Σ ‖core_θ(q̂, k̂, v̂) - softmax(q·kᵀ/√D)·v‖² / Σ ‖softmax(q·kᵀ/√D)·v‖²
+    2  Polish. All cores together, end to end, towards the host's last hidden state, both standardised over the channels.
+
+The host is its own teacher: its attention is still there, a core is only stood aside while the host's stream passes, so no
+second model is in memory. Every host weight stays frozen. A fixed pool of images is drawn once and only its activations at
+one site are kept: memory grows with the pool (seven tensors of pool × N × C), not with the number of images.
+Own design; docs/calibration.md says what was tried and what it gave. Differs from the paper, which fine-tunes on labels.
+
+Legend: B batch, H heads, N tokens, D head dim, C = H·D channels.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from lineate.convert import is_new, record
+from lineate.evaluate import batches, evaluating
+from lineate.families import family
+from lineate.layout import TokenLayout
+from lineate.mixers.base import Frozen
+
+Progress = Callable[[int, int, str], None]
+
+
+class CalibrationError(ValueError):
+    """The model cannot be calibrated as asked, or a core's loss left the finite numbers; the message names the site."""
+
+
+class CalibrationConfig(Frozen):
+    """`steps` of Adam a site on `batch` images each, from a pool of at most `pool` images, then `polish` steps end to end.
+
+    Learning rates rise for a tenth of the steps and fall to zero along a cosine. The mix of a neighborhood branch, one number
+    a head, learns at `mix_lr`.
+    """
+
+    steps: int = Field(800, ge=0)
+    batch: int = Field(4, ge=1)
+    pool: int = Field(512, ge=1)
+    lr: float = Field(1e-2, gt=0)
+    mix_lr: float = Field(5e-2, gt=0)
+    polish: int = Field(100, ge=0)
+    polish_lr: float = Field(1e-3, gt=0)
+    seed: int = 0
+
+
+class SiteError(Frozen):
+    """Relative error ‖o - o*‖ / ‖o*‖ of a core's output over the pool, before and after its own fit; not held out."""
+
+    before: float
+    after: float
+
+
+class CalibrationResult(Frozen):
+    """What was fitted: per site its error, images in the pool, optimiser steps in all, wall-clock seconds, the polish losses."""
+
+    sites: dict[str, SiteError]
+    images: int
+    steps: int
+    seconds: float
+    loss: tuple[float, ...]
+
+
+@dataclass
+class _Piece:
+    """A few images of one shape: what the first block received, and how far the host's and the converted stream have come."""
+
+    grid: tuple[int, int] | None
+    stem: Tensor
+    host: Tensor
+    converted: Tensor
+
+
+class _Left(Exception):
+    """Raised to leave a forward pass once what it was run for is known."""
+
+
+class _Stand(nn.Module):
+    """Stands where a core stood, and either answers as the host would, keeping the answer, or keeps the question and leaves."""
+
+    def __init__(self, leave: bool) -> None:
+        super().__init__()
+        self.leave = leave
+        self.question: tuple[Tensor, Tensor, Tensor, TokenLayout]
+        self.answer: Tensor
+
+    def embed(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        return x
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
+        if self.leave:
+            self.question = q, k, v, layout
+            raise _Left
+        self.answer = F.scaled_dot_product_attention(q, k, v)
+        return self.answer
+
+
+@contextmanager
+def _stand(attention: Any, *, leave: bool = False) -> Iterator[_Stand]:
+    """The converted attention with a `_Stand` in its middle, for a while."""
+    core, attention.core = attention.core, _Stand(leave)
+    try:
+        yield attention.core
+    finally:
+        attention.core = core
+
+
+def _first_input(model: Callable[[Tensor], Any], module: nn.Module, images: Tensor) -> Tensor:
+    """What `module` receives when the model sees `images`."""
+
+    def leave(module: nn.Module, args: tuple[Any, ...]) -> None:
+        caught.append(args[0])
+        raise _Left
+
+    caught: list[Tensor] = []
+    handle = module.register_forward_pre_hook(leave)
+    with suppress(_Left):
+        try:
+            model(images)
+        finally:
+            handle.remove()
+    return caught[0]
+
+
+_Example = tuple[tuple[Any, ...], Tensor]  # what a core is asked, and what the host answers
+
+
+class _Schedule:
+    """Adam over some cores' parameters, rising for a tenth of the steps and then falling along a cosine."""
+
+    def __init__(self, attentions: Iterable[Any], lr: float, mix_lr: float, steps: int) -> None:
+        named = [pair for attention in attentions for pair in attention.core.named_parameters()]
+        mix = [parameter for name, parameter in named if name == "mix_logit"]
+        rest = [parameter for name, parameter in named if name != "mix_logit"]
+        groups = [(group, rate) for group, rate in ((rest, lr), (mix, mix_lr)) if group]
+        self.parameters = rest + mix
+        self.adam = torch.optim.Adam([{"params": group} for group, _ in groups], betas=(0.9, 0.95))
+        rates = [rate for _, rate in groups]
+        self.rate = torch.optim.lr_scheduler.OneCycleLR(self.adam, rates, total_steps=steps, pct_start=0.1, cycle_momentum=False)
+
+    def step(self, loss: Tensor) -> None:
+        self.adam.zero_grad()
+        loss.backward()
+        self.adam.step()
+        self.rate.step()
+
+
+class _Calibration:
+    """One model, its pool of images on the way through it, and the fits. Only parameters of cores ever change."""
+
+    def __init__(self, model: nn.Module, config: CalibrationConfig, progress: Progress | None) -> None:
+        self.model, self.config, self.progress = model, config, progress
+        found = record(model)
+        self.blocks = family(found.family).blocks(model)
+        self.sites: dict[str, Any] = {site: model.get_submodule(site) for site in found.sites}
+        self.tracker = next(iter(self.sites.values())).tracker
+        self.done = 0
+        learning = sum(1 for attention in self.sites.values() if list(attention.core.parameters()))
+        self.total = config.steps * learning + (config.polish if learning else 0)
+        self.draw = torch.Generator().manual_seed(config.seed)
+        self.pieces: list[_Piece] = []
+
+    def _step(self, what: str, loss: Tensor, schedule: _Schedule) -> float:
+        value = float(loss.detach())
+        if not torch.isfinite(loss.detach()):
+            raise CalibrationError(f"{what}: the loss became {value} at step {self.done + 1}; try a smaller learning rate")
+        schedule.step(loss)
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.total, what)
+        return value
+
+    def _draw(self) -> int:
+        return int(torch.randint(len(self.pieces), (1,), generator=self.draw))
+
+    def _run(self, block: nn.Module, piece: _Piece, hidden: Tensor) -> Tensor:
+        self.tracker.grid = piece.grid
+        out: Tensor = block(hidden)
+        return out
+
+    def fill_pool(self, images: Iterable[Tensor]) -> int:
+        """Take the first `pool` images up to the first block, in pieces of `batch`; returns how many there were."""
+        left = self.config.pool
+        for batch in batches(images, self.model):
+            for part in batch[:left].split(self.config.batch):
+                hidden = _first_input(self.model, self.blocks[0], part)
+                self.pieces.append(_Piece(self.tracker.grid, hidden, hidden, hidden))
+            left -= len(batch[:left])
+            if not left:
+                break
+        return self.config.pool - left
+
+    def fit_sites(self) -> dict[str, SiteError]:
+        """Fit the cores in forward order; both streams end as the last block's output."""
+        errors: dict[str, SiteError] = {}
+        for block in self.blocks:
+            inside = {site: a for site, a in self.sites.items() if any(module is a for module in block.modules())}
+            targets = [self._advance_host(block, inside, piece) for piece in self.pieces]
+            for site, attention in inside.items():
+                questions = [self._question(block, attention, piece) for piece in self.pieces]
+                errors[site] = self._fit(site, attention, list(zip(questions, (t[site] for t in targets), strict=True)))
+            with torch.no_grad():
+                for piece in self.pieces:
+                    piece.converted = self._run(block, piece, piece.converted)
+        return errors
+
+    @torch.no_grad()
+    def _advance_host(self, block: nn.Module, inside: dict[str, Any], piece: _Piece) -> dict[str, Tensor]:
+        """The host's stream through one block; the attention outputs of the host on the way."""
+        with ExitStack() as stack:
+            stands = {site: stack.enter_context(_stand(attention)) for site, attention in inside.items()}
+            piece.host = self._run(block, piece, piece.host)
+        return {site: stand.answer for site, stand in stands.items()}
+
+    @torch.no_grad()
+    def _question(self, block: nn.Module, attention: Any, piece: _Piece) -> tuple[Any, ...]:
+        """What the core at `attention` is asked on the converted stream: q, k, v and layout; for CPE the attention's input."""
+        if attention.core.config.locality == "cpe":  # its convolution comes before the projections
+            return (_first_input(partial(self._run, block, piece), attention, piece.converted),)
+        with _stand(attention, leave=True) as stand, suppress(_Left):
+            self._run(block, piece, piece.converted)
+        return stand.question
+
+    def _fit(self, site: str, attention: Any, examples: list[_Example]) -> SiteError:
+        size = sum(float(target.square().sum()) for _, target in examples)
+        before = self._error(attention, examples, size)
+        if not list(attention.core.parameters()) or not self.config.steps:
+            return SiteError(before=before, after=before)
+        mean_square = size / sum(target.numel() for _, target in examples)
+        schedule = _Schedule([attention], self.config.lr, self.config.mix_lr, self.config.steps)
+        for _ in range(self.config.steps):
+            question, target = examples[self._draw()]
+            self._step(site, F.mse_loss(_answer(attention, question), target) / mean_square, schedule)
+        return SiteError(before=before, after=self._error(attention, examples, size))
+
+    @torch.no_grad()
+    def _error(self, attention: Any, examples: list[_Example], size: float) -> float:
+        off = sum(float((_answer(attention, question) - target).square().sum()) for question, target in examples)
+        return math.sqrt(off / size)
+
+    def polish(self) -> tuple[float, ...]:
+        """All cores end to end towards the host's last hidden state; both standardised over the channels."""
+        if not self.config.polish or not any(list(a.core.parameters()) for a in self.sites.values()):
+            return ()
+        schedule = _Schedule(self.sites.values(), self.config.polish_lr, self.config.polish_lr, self.config.polish)
+        losses = []
+        for _ in range(self.config.polish):
+            piece = self.pieces[self._draw()]
+            hidden = piece.stem
+            for block in self.blocks:
+                hidden = self._run(block, piece, hidden)
+            loss = F.mse_loss(F.layer_norm(hidden, hidden.shape[-1:]), F.layer_norm(piece.host, hidden.shape[-1:]))
+            losses.append(self._step("polish", loss, schedule))
+        return tuple(losses)
+
+
+def _answer(attention: Any, question: tuple[Any, ...]) -> Tensor:
+    """The core's output for a question; a question of one tensor is the attention's whole input."""
+    if len(question) > 1:
+        out: Tensor = attention.core(*question)
+        return out
+    kept: list[Tensor] = []
+    handle = attention.core.register_forward_hook(lambda module, args, output: kept.append(output))
+    try:
+        attention(*question)
+    finally:
+        handle.remove()
+    return kept[0]
+
+
+@contextmanager
+def _only_cores_learn(model: nn.Module) -> Iterator[None]:
+    """Gradients for parameters below `.core.` and no others; every flag as it was afterwards."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_new(name))
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+
+
+def calibrate(
+    model: nn.Module,
+    images: Tensor | Iterable[Tensor],
+    *,
+    config: CalibrationConfig | None = None,
+    progress: Progress | None = None,
+) -> CalibrationResult:
+    """Fit the new parameters of a converted `model`, in place, to the model's own softmax attention on `images`.
+
+    `images` is (M, 3, h, w) or an iterable of such batches or of single (3, h, w) images, normalised as the model expects;
+    batches may differ in shape. `progress(done, total, what)` is called after every optimiser step.
+    Raises `ConversionError` on an unconverted model, `EvaluationError` on unusable images, `CalibrationError` when a loss
+    leaves the finite numbers. Whatever is raised, Ctrl-C included, the model stays valid: some cores fitted, the rest not.
+    """
+    config = config or CalibrationConfig()
+    started = time.perf_counter()
+    calibration = _Calibration(model, config, progress)
+    with evaluating(model), _only_cores_learn(model), torch.enable_grad():
+        with torch.no_grad():
+            count = calibration.fill_pool([images] if isinstance(images, Tensor) else images)
+        sites = calibration.fit_sites()
+        loss = calibration.polish()
+    return CalibrationResult(sites=sites, images=count, steps=calibration.done, seconds=time.perf_counter() - started, loss=loss)
