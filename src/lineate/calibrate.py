@@ -1,13 +1,13 @@
 """Calibration: fit the new parameters of a converted model to its own softmax attention, on images, without labels.
 
-    1  Sites in order. At site l the host's stream and the converted stream both arrive; the core sees the queries, keys and
-       values of the converted one (so it learns to live with, and to correct, the errors of the cores before it) and is
-       fitted to the attention output of the host's:   min_θ  Σ ‖core_θ(q̂, k̂, v̂) - softmax(q·kᵀ/√D)·v‖² / Σ ‖softmax(q·kᵀ/√D)·v‖²
-    2  Polish. All cores together, end to end, towards the host's last hidden state, both standardised over the channels.
+    min_θ  Σ ‖core_θ(q̂, k̂, v̂) - softmax(q·kᵀ/√D)·v‖² / Σ ‖softmax(q·kᵀ/√D)·v‖²        site after site, in forward order
 
+Two streams run through the blocks side by side: the host's (q, k, v) and the converted one (q̂, k̂, v̂), behind the cores fitted
+so far. A core is asked on the converted stream and told the host's answer, so that it learns to live with the errors of the
+cores before it and to correct them.
 The host is its own teacher: its attention is still there, a core is only stood aside while the host's stream passes, so no
 second model is in memory. Every host weight stays frozen. A fixed pool of images is drawn once and only its activations at
-one site are kept: memory grows with the pool (seven tensors of pool × N × C), not with the number of images.
+one site are kept: memory grows with the pool (six tensors of pool × N × C), not with the number of images.
 Own design; docs/calibration.md says what was tried and what it gave. Differs from the paper, which fine-tunes on labels.
 
 Legend: B batch, H heads, N tokens, D head dim, C = H·D channels.
@@ -42,7 +42,7 @@ class CalibrationError(ValueError):
 
 
 class CalibrationConfig(Frozen):
-    """`steps` of Adam a site on `batch` images each, from a pool of at most `pool` images, then `polish` steps end to end.
+    """`steps` of Adam a site on `batch` images each, from a pool of at most `pool` images.
 
     Learning rates rise for a tenth of the steps and fall to zero along a cosine. The mix of a neighborhood branch, one number
     a head, learns at `mix_lr`.
@@ -53,8 +53,6 @@ class CalibrationConfig(Frozen):
     pool: int = Field(512, ge=1)
     lr: float = Field(1e-2, gt=0)
     mix_lr: float = Field(5e-2, gt=0)
-    polish: int = Field(100, ge=0)
-    polish_lr: float = Field(1e-3, gt=0)
     seed: int = 0
 
 
@@ -66,21 +64,19 @@ class SiteError(Frozen):
 
 
 class CalibrationResult(Frozen):
-    """What was fitted: per site its error, images in the pool, optimiser steps in all, wall-clock seconds, the polish losses."""
+    """What was fitted: per site its error, the images in the pool, the optimiser steps of all sites, wall-clock seconds."""
 
     sites: dict[str, SiteError]
     images: int
     steps: int
     seconds: float
-    loss: tuple[float, ...]
 
 
 @dataclass
 class _Piece:
-    """A few images of one shape: what the first block received, and how far the host's and the converted stream have come."""
+    """A few images of one shape on their way through the blocks: the host's stream and the converted one, (B, N, C)."""
 
     grid: tuple[int, int] | None
-    stem: Tensor
     host: Tensor
     converted: Tensor
 
@@ -140,17 +136,17 @@ _Example = tuple[tuple[Any, ...], Tensor]  # what a core is asked, and what the 
 
 
 class _Schedule:
-    """Adam over some cores' parameters, rising for a tenth of the steps and then falling along a cosine."""
+    """Adam over a core's parameters, rising for a tenth of the steps and then falling along a cosine."""
 
-    def __init__(self, attentions: Iterable[Any], lr: float, mix_lr: float, steps: int) -> None:
-        named = [pair for attention in attentions for pair in attention.core.named_parameters()]
-        mix = [parameter for name, parameter in named if name == "mix_logit"]
-        rest = [parameter for name, parameter in named if name != "mix_logit"]
-        groups = [(group, rate) for group, rate in ((rest, lr), (mix, mix_lr)) if group]
-        self.parameters = rest + mix
+    def __init__(self, core: nn.Module, config: CalibrationConfig) -> None:
+        mix = [parameter for name, parameter in core.named_parameters() if name == "mix_logit"]
+        rest = [parameter for name, parameter in core.named_parameters() if name != "mix_logit"]
+        groups = [(group, rate) for group, rate in ((rest, config.lr), (mix, config.mix_lr)) if group]
         self.adam = torch.optim.Adam([{"params": group} for group, _ in groups], betas=(0.9, 0.95))
         rates = [rate for _, rate in groups]
-        self.rate = torch.optim.lr_scheduler.OneCycleLR(self.adam, rates, total_steps=steps, pct_start=0.1, cycle_momentum=False)
+        self.rate = torch.optim.lr_scheduler.OneCycleLR(
+            self.adam, rates, total_steps=config.steps, pct_start=0.1, cycle_momentum=False
+        )
 
     def step(self, loss: Tensor) -> None:
         self.adam.zero_grad()
@@ -170,7 +166,7 @@ class _Calibration:
         self.tracker = next(iter(self.sites.values())).tracker
         self.done = 0
         learning = sum(1 for attention in self.sites.values() if list(attention.core.parameters()))
-        self.total = config.steps * learning + (config.polish if learning else 0)
+        self.total = config.steps * learning
         self.draw = torch.Generator().manual_seed(config.seed)
         self.pieces: list[_Piece] = []
 
@@ -198,7 +194,7 @@ class _Calibration:
         for batch in batches(images, self.model):
             for part in batch[:left].split(self.config.batch):
                 hidden = _first_input(self.model, self.blocks[0], part)
-                self.pieces.append(_Piece(self.tracker.grid, hidden, hidden, hidden))
+                self.pieces.append(_Piece(self.tracker.grid, hidden, hidden))
             left -= len(batch[:left])
             if not left:
                 break
@@ -241,31 +237,21 @@ class _Calibration:
         if not list(attention.core.parameters()) or not self.config.steps:
             return SiteError(before=before, after=before)
         mean_square = size / sum(target.numel() for _, target in examples)
-        schedule = _Schedule([attention], self.config.lr, self.config.mix_lr, self.config.steps)
-        for _ in range(self.config.steps):
-            question, target = examples[self._draw()]
-            self._step(site, F.mse_loss(_answer(attention, question), target) / mean_square, schedule)
+        schedule = _Schedule(attention.core, self.config)
+        start = {name: tensor.clone() for name, tensor in attention.core.state_dict().items()}
+        try:
+            for _ in range(self.config.steps):
+                question, target = examples[self._draw()]
+                self._step(site, F.mse_loss(_answer(attention, question), target) / mean_square, schedule)
+        except CalibrationError:
+            attention.core.load_state_dict(start)
+            raise
         return SiteError(before=before, after=self._error(attention, examples, size))
 
     @torch.no_grad()
     def _error(self, attention: Any, examples: list[_Example], size: float) -> float:
         off = sum(float((_answer(attention, question) - target).square().sum()) for question, target in examples)
         return math.sqrt(off / size)
-
-    def polish(self) -> tuple[float, ...]:
-        """All cores end to end towards the host's last hidden state; both standardised over the channels."""
-        if not self.config.polish or not any(list(a.core.parameters()) for a in self.sites.values()):
-            return ()
-        schedule = _Schedule(self.sites.values(), self.config.polish_lr, self.config.polish_lr, self.config.polish)
-        losses = []
-        for _ in range(self.config.polish):
-            piece = self.pieces[self._draw()]
-            hidden = piece.stem
-            for block in self.blocks:
-                hidden = self._run(block, piece, hidden)
-            loss = F.mse_loss(F.layer_norm(hidden, hidden.shape[-1:]), F.layer_norm(piece.host, hidden.shape[-1:]))
-            losses.append(self._step("polish", loss, schedule))
-        return tuple(losses)
 
 
 def _answer(attention: Any, question: tuple[Any, ...]) -> Tensor:
@@ -308,7 +294,8 @@ def calibrate(
     `images` is (M, 3, h, w) or an iterable of such batches or of single (3, h, w) images, normalised as the model expects;
     batches may differ in shape. `progress(done, total, what)` is called after every optimiser step.
     Raises `ConversionError` on an unconverted model, `EvaluationError` on unusable images, `CalibrationError` when a loss
-    leaves the finite numbers. Whatever is raised, Ctrl-C included, the model stays valid: some cores fitted, the rest not.
+    leaves the finite numbers. Whatever is raised, Ctrl-C included, the model stays valid: some cores fitted,
+    the others as they were.
     """
     config = config or CalibrationConfig()
     started = time.perf_counter()
@@ -317,5 +304,4 @@ def calibrate(
         with torch.no_grad():
             count = calibration.fill_pool([images] if isinstance(images, Tensor) else images)
         sites = calibration.fit_sites()
-        loss = calibration.polish()
-    return CalibrationResult(sites=sites, images=count, steps=calibration.done, seconds=time.perf_counter() - started, loss=loss)
+    return CalibrationResult(sites=sites, images=count, steps=calibration.done, seconds=time.perf_counter() - started)

@@ -1,0 +1,169 @@
+"""Calibration fits cores and nothing else, to the host's own attention, within a bounded pool, repeatably."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lineate import CalibrationConfig, Conversion, calibrate, convert
+from lineate.calibrate import CalibrationError, _Calibration
+from lineate.convert import ConversionError, is_new
+from lineate.core import Neighborhood
+from lineate.evaluate import EvaluationError
+from lineate.mixers.linear import LinearConfig, ProjQKConfig
+from lineate.mixers.softmax import SoftmaxConfig
+from lineate.mixers.ttt import TTTConfig
+
+QUICK = CalibrationConfig(steps=20, batch=2, pool=8)
+
+LEARNING = {
+    "t5": Conversion(),
+    "t5-2layer": Conversion(mixer=TTTConfig(inner="2layer", loss="l2")),
+    "dwc-v": Conversion(locality="dwc-v"),
+    "cpe": Conversion(locality="cpe"),
+    "plus": Conversion(neighborhood=Neighborhood(window=3)),
+    "plus-learned": Conversion(neighborhood=Neighborhood(window=3, mix="learned")),
+    "projqk": Conversion(mixer=ProjQKConfig(), locality="none"),
+}
+
+
+def host(tiny_vit, **changes: object) -> nn.Module:
+    """A random ViT whose attention is far from uniform, so that there is something to fit."""
+    model = tiny_vit(**changes)
+    for name, parameter in model.named_parameters():
+        if "qkv.weight" in name:
+            nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def pictures(count: int = 8, size: tuple[int, int] = (32, 32)) -> Tensor:
+    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_every_site_comes_closer_to_the_host(tiny_vit, name: str) -> None:
+    model = convert(host(tiny_vit), LEARNING[name])
+    result = calibrate(model, pictures(), config=QUICK)
+    assert list(result.sites) == ["blocks.0.attn", "blocks.1.attn"]
+    assert all(error.after < error.before for error in result.sites.values())
+    assert result.images == 8 and result.steps == 2 * QUICK.steps
+
+
+def test_only_cores_change_and_every_flag_is_restored(tiny_vit) -> None:
+    model = convert(host(tiny_vit), "t5")
+    model.train()
+    model.get_submodule("blocks.0.mlp").eval()
+    model.get_parameter("head.weight").requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    calibrate(model, pictures(), config=QUICK)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) != is_new(name), name
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_two_streams_are_the_two_models(tiny_vit) -> None:
+    """The stream called host ends where the original ends, the converted one where the fitted model does."""
+    original = host(tiny_vit, num_classes=0, global_pool="token", class_token=True)
+    model = convert(copy.deepcopy(original), "t5")
+    calibration = _Calibration(model, QUICK, None)
+    images = pictures(6, (32, 48))
+    with torch.no_grad():
+        assert calibration.fill_pool([images]) == 6
+    calibration.fit_sites()
+    with torch.no_grad():
+        for stream, expected in (("host", original), ("converted", model)):
+            hidden = torch.cat([getattr(piece, stream) for piece in calibration.pieces])
+            torch.testing.assert_close(expected.norm(hidden), expected.forward_features(images))
+
+
+def test_softmax_has_no_error_and_nothing_to_fit(tiny_vit) -> None:
+    model = convert(host(tiny_vit), Conversion(mixer=SoftmaxConfig(), key_norm="none", locality="none"))
+    result = calibrate(model, pictures(), config=QUICK)
+    assert result.steps == 0
+    assert all(error.before == error.after == 0 for error in result.sites.values())
+
+
+def test_linear_attention_has_an_error_and_nothing_to_fit(tiny_vit) -> None:
+    result = calibrate(convert(host(tiny_vit), Conversion(mixer=LinearConfig(), locality="none")), pictures(), config=QUICK)
+    assert result.steps == 0
+    assert all(error.before == error.after > 0 for error in result.sites.values())
+
+
+def test_unconverted_blocks_pass_the_stream_on(tiny_vit) -> None:
+    model = convert(host(tiny_vit), Conversion(sites=("blocks.1.attn",)))
+    result = calibrate(model, pictures(), config=QUICK)
+    assert list(result.sites) == ["blocks.1.attn"]
+    assert result.sites["blocks.1.attn"].after < result.sites["blocks.1.attn"].before
+
+
+def test_equal_seeds_give_equal_weights(tiny_vit) -> None:
+    model = convert(host(tiny_vit), "t5")
+    twin, other = copy.deepcopy(model), copy.deepcopy(model)
+    for one, config in ((model, QUICK), (twin, QUICK), (other, QUICK.model_copy(update={"seed": 1}))):
+        calibrate(one, pictures(), config=config)
+    weights = [one.get_parameter("blocks.1.attn.core.mixer.w1") for one in (model, twin, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_the_pool_bounds_what_is_taken_from_an_endless_stream(tiny_vit) -> None:
+    taken = []
+
+    def endless() -> Iterator[Tensor]:
+        while True:
+            taken.append(1)
+            yield torch.randn(3, 3, 32, 32)
+
+    result = calibrate(convert(host(tiny_vit), "t5"), endless(), config=QUICK)
+    assert result.images == QUICK.pool
+    assert len(taken) == 3  # 3 + 3 + 2 of the third batch
+
+
+def test_pictures_of_several_shapes_share_a_pool(tiny_vit) -> None:
+    model = convert(host(tiny_vit), "t5")
+    result = calibrate(model, [pictures(4), pictures(3, (32, 56)), pictures(1, (64, 32))[0]], config=QUICK)
+    assert result.images == 8
+    assert all(error.after < error.before for error in result.sites.values())
+
+
+def test_progress_counts_every_step_once(tiny_vit) -> None:
+    calls: list[tuple[int, int, str]] = []
+    calibrate(convert(host(tiny_vit), "t5"), pictures(), config=QUICK, progress=lambda *call: calls.append(call))
+    assert [done for done, _, _ in calls] == list(range(1, 41))
+    assert {total for _, total, _ in calls} == {40}
+    assert [what for _, _, what in calls] == ["blocks.0.attn"] * 20 + ["blocks.1.attn"] * 20
+
+
+def test_divergence_names_the_site_and_leaves_its_core_as_it_was(tiny_vit) -> None:
+    model = convert(host(tiny_vit), "t5")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CalibrationError, match=r"blocks\.0\.attn.*became"):
+        calibrate(model, pictures(), config=QUICK.model_copy(update={"lr": 1e30}))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_interruption_leaves_a_valid_model(tiny_vit) -> None:
+    def interrupt(done: int, total: int, what: str) -> None:
+        if done == 25:
+            raise KeyboardInterrupt
+
+    model = convert(host(tiny_vit), "t5")
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, pictures(), config=QUICK, progress=interrupt)
+    assert model(pictures(1)).isfinite().all()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_refusals(tiny_vit) -> None:
+    with pytest.raises(ConversionError, match="not converted"):
+        calibrate(host(tiny_vit), pictures())
+    with pytest.raises(EvaluationError, match="no images"):
+        calibrate(convert(host(tiny_vit), "t5"), [])
