@@ -13,6 +13,7 @@ Legend: B batch, H heads, N = h·w_grid tokens, D head dim, T tiles, P queries a
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -58,9 +59,11 @@ def neighborhood_attention(
         raise ValueError(f"{tokens} tokens do not fill a {height}×{width} grid")
     query, key, mask, answer = _plan(height, width, window, q.device)
     tiles, per_tile, _ = mask.shape
-    q_tiles = (q * dim**-0.5).index_select(2, query).view(batch, heads, tiles, per_tile, dim)
-    k_tiles = k.index_select(2, key).view(batch, heads, tiles, -1, dim)
-    v_tiles = v.index_select(2, key).view(batch, heads, tiles, -1, dim)
-    scores: Tensor = (q_tiles @ k_tiles.mT).masked_fill(~mask, float("-inf"))
-    out = scores.softmax(dim=-1).to(v_tiles.dtype) @ v_tiles
-    return out.reshape(batch, heads, tiles * per_tile, dim).index_select(2, answer)
+
+    def gather(x: Tensor, index: Tensor) -> Tensor:
+        """(B, H, N, D) -> (B·T, H, P or S, D); tokens are gathered before the heads part, where their rows are long."""
+        return x.transpose(1, 2).index_select(1, index).view(batch * tiles, -1, heads, dim).transpose(1, 2)
+
+    mask = mask.expand(batch, -1, -1, -1).reshape(batch * tiles, 1, per_tile, -1)
+    out = F.scaled_dot_product_attention(gather(q, query), gather(k, key), gather(v, key), attn_mask=mask)
+    return out.transpose(1, 2).reshape(batch, tiles * per_tile, heads, dim).index_select(1, answer).transpose(1, 2)
