@@ -76,7 +76,7 @@ def save(
     done = record(model)
     _check_model(model, done, delta)
     target = Path(path).resolve()
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     state = model.state_dict()
     stored, tied = _untie({name: tensor for name, tensor in state.items() if is_new(name) or not delta})
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
@@ -133,6 +133,24 @@ def load(path: str | Path, *, base: nn.Module | None = None) -> nn.Module:
     return model.eval()
 
 
+def original_of(model: nn.Module) -> nn.Module:
+    """The unconverted host of a converted `model`, in eval mode, with the model's own host weights (shared, not copied).
+
+    Raises `ConversionError` if the model is not converted, `CheckpointError` if its host cannot be had again.
+    """
+    done = record(model)
+    if done.host is None:
+        raise CheckpointError(f"the original of this {type(model).__name__} cannot be built again from a description")
+    if redrawn := [name for name in done.names("new") if not is_new(name)]:
+        raise CheckpointError(f"the original is gone: inherit={done.conversion.inherit!r} drew {_some(redrawn)} anew")
+    host = _rebuild(done, "cpu", original=True)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not is_new(name)}
+    if trouble := disagreement(shapes(host.state_dict()), shapes(state)):
+        raise CheckpointError(f"the model was changed after its conversion: {trouble}")
+    host.load_state_dict(state, assign=True)
+    return host.to(next(model.parameters()).device).eval()
+
+
 def disagreement(expected: Shapes, found: Shapes) -> str | None:
     """How the tensors found differ from those expected: one line naming at most three of each kind, or None."""
     parts = []
@@ -187,12 +205,13 @@ def _fingerprint(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _rebuild(done: ConversionRecord, device: str = "meta") -> nn.Module:
-    """The model that the record describes: without values on "meta", freshly drawn elsewhere."""
+def _rebuild(done: ConversionRecord, device: str = "meta", *, original: bool = False) -> nn.Module:
+    """The model that the record describes, or its unconverted host: without values on "meta", freshly drawn elsewhere."""
     assert done.host is not None
     try:
         with torch.device(device):
-            return convert(family(done.family).build(done.host), done.conversion)
+            host = family(done.family).build(done.host)
+            return host if original else convert(host, done.conversion)
     except (ImportError, AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"the {done.family} host cannot be built again: {_first_line(error)}") from error
 
@@ -225,7 +244,7 @@ def _core_shapes(done: ConversionRecord) -> dict[str, tuple[int, ...]]:
     return {tensor.name: tensor.shape for tensor in done.tensors if is_new(tensor.name)}
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
     """Raise `CheckpointError` if something stands at `target` that must not be replaced."""
     if not target.exists():
         return

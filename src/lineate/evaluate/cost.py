@@ -226,6 +226,21 @@ def _patch(model: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def check_sizes(model: Any, sizes: Sequence[tuple[int, int]]) -> None:
+    """Raise `EvaluationError` for a (height, width) in px that `model` cannot take, or if there is none."""
+    if not sizes:
+        raise EvaluationError("there are no picture sizes to measure at")
+    patch_h, patch_w = _patch(model)
+    fixed = None if getattr(model, "dynamic_img_size", True) else tuple(model.patch_embed.img_size)
+    for height, width in sizes:
+        if height < patch_h or width < patch_w or height % patch_h or width % patch_w:
+            raise EvaluationError(f"size {height}×{width} px is not a multiple of the model's {patch_h}×{patch_w} px patches")
+        if fixed is not None and (height, width) != fixed:
+            raise EvaluationError(
+                f"size {height}×{width} px: this model takes {fixed[0]}×{fixed[1]} px only; build it with dynamic_img_size=True"
+            )
+
+
 def _check(original: Any, converted: nn.Module, sizes: Sequence[tuple[int, int]], counts: dict[str, int]) -> None:
     """Raise `EvaluationError` for anything that would fail or mislead half-way through."""
     for name, least in (("repeats", 1), ("batch", 1), ("warmup", 0)):
@@ -239,15 +254,7 @@ def _check(original: Any, converted: nn.Module, sizes: Sequence[tuple[int, int]]
             f"the original is on {here.device} in {here.dtype}, the converted model on {there.device} in {there.dtype}: "
             "a comparison needs both alike"
         )
-    patch_h, patch_w = _patch(original)
-    fixed = None if getattr(original, "dynamic_img_size", True) else tuple(original.patch_embed.img_size)
-    for height, width in sizes:
-        if height < patch_h or width < patch_w or height % patch_h or width % patch_w:
-            raise EvaluationError(f"size {height}×{width} px is not a multiple of the model's {patch_h}×{patch_w} px patches")
-        if fixed is not None and (height, width) != fixed:
-            raise EvaluationError(
-                f"size {height}×{width} px: this model takes {fixed[0]}×{fixed[1]} px only; build it with dynamic_img_size=True"
-            )
+    check_sizes(original, sizes)
 
 
 def _attention(model: nn.Module) -> str:

@@ -1,0 +1,295 @@
+"""The commands. Each one only parses, calls what does the work, and shows what came of it.
+
+Progress and status go to stderr, results to stdout. What is wrong is one line, "error: ...", and exit status 1; a wrong option
+is typer's own usage message and 2; Ctrl-C is 130 and a line that says what was kept. No traceback for anything expected.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from lineate.terminal import Screen, screen, show, show_conversions, show_cost
+
+if TYPE_CHECKING:
+    from lineate.linearize import Plan
+    from lineate.settings import Settings
+
+
+def _expected() -> tuple[type[BaseException], ...]:
+    """Errors that a user can cause or mend."""
+    from pydantic import ValidationError
+    from torch import OutOfMemoryError
+
+    from lineate.calibrate import CalibrationError
+    from lineate.checkpoint import CheckpointError
+    from lineate.convert import ConversionError
+    from lineate.embedded import EmbeddedModelError
+    from lineate.evaluate import EvaluationError
+    from lineate.families import UnsupportedModelError
+    from lineate.images import ImageError
+    from lineate.released import ReleasedError
+    from lineate.report import ReportError
+    from lineate.runs import RunError
+    from lineate.settings import SettingsError
+    from lineate.sources import SourceError
+
+    return (
+        CalibrationError, CheckpointError, ConversionError, EmbeddedModelError, EvaluationError, ImageError, ReleasedError,
+        ReportError, RunError, SettingsError, SourceError, UnsupportedModelError,
+        ValidationError, OutOfMemoryError, MemoryError, ModuleNotFoundError, OSError,
+    )  # fmt: skip
+
+
+def _line(error: BaseException) -> str:
+    """An error and its notes in one line."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, ModuleNotFoundError):
+        text += "; pip install 'lineate[timm,cli]'"
+    return "; ".join(" ".join(part.split()) for part in (text, *getattr(error, "__notes__", ())))
+
+
+class Commands(TyperGroup):
+    """The group of all commands; what each may raise is told here, once."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            kept = "; ".join(getattr(stop, "__notes__", ())) or "nothing was written"
+            print(f"interrupted: {kept}", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except _expected() as error:
+            print(f"error: {_line(error)}", file=sys.stderr)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+_SOURCE = "embedded, timm:NAME, timm:NAME@CHECKPOINT, or a directory saved by lineate"
+SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help=f"The model: {_SOURCE}.")]
+Preset = Annotated[str | None, typer.Option(help="Name of a conversion; `lineate presets` lists them.  [default: t5]")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="One field, for example mixer.inner=2layer.")]
+Config = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Conversion and calibration whole; a run.json will do.")]
+Images = Annotated[Path, typer.Option(metavar="DIR", help="Folder of photographs, searched through; no labels.")]
+HeldOut = Annotated[Path | None, typer.Option(metavar="DIR", help="Photographs to measure on.  [default: every 5th of --images]")]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write, which must not exist.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote there.")]
+ImageSize = Annotated[int | None, typer.Option(metavar="PX", help="Side of the pictures.  [default: the model's own]")]
+Sizes = Annotated[str | None, typer.Option(metavar="PX,...", help="Sizes to time at: 224,448 or 448x672.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn.  [default: 0]")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+
+
+def _settings(source: str, preset: str | None, config: Path | None, assignments: list[str] | None, seed: int | None) -> Settings:
+    from lineate.settings import read_settings
+
+    return read_settings(
+        preset_name=preset, config=config, assignments=assignments or (), seed=seed, converted=Path(source).is_dir()
+    )  # fmt: skip
+
+
+def _plan(settings: Settings, sizes: str | None, image_size: int | None, **rest: Any) -> Plan:
+    from lineate.linearize import Plan
+    from lineate.settings import parse_sizes
+
+    return Plan(
+        conversion=settings.conversion,
+        calibration=settings.calibration,
+        preset=settings.preset,
+        seed=settings.calibration.seed,
+        image_size=image_size if image_size is not None else settings.image_size,
+        sizes=parse_sizes(sizes) if sizes is not None else settings.sizes,
+        **rest,
+    )
+
+
+def _run(plan: Plan) -> None:
+    """Do the plan; then the table and, last, the report's path."""
+    from lineate.linearize import linearize as run_it
+    from lineate.report.run import load_run
+
+    with screen() as shown:
+        report = run_it(plan, say=shown.say, progress=shown.progress)
+    show(load_run(plan.out))
+    typer.echo(f"report: {report}")
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    """Turn a pretrained softmax-attention vision transformer into a linear-time one, in minutes and without labels."""
+    if version:
+        import lineate
+
+        typer.echo(f"lineate {lineate.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def linearize(
+    source: SourceArgument, images: Images, out: Out, held_out: HeldOut = None, preset: Preset = None, config: Config = None,
+    set_: Set = None, image_size: ImageSize = None, seed: Seed = None, sizes: Sizes = None, overwrite: Overwrite = False,
+    device: Device = "cpu",
+) -> None:  # fmt: skip
+    """Convert, calibrate, measure fidelity, time, and write OUT/report.html beside OUT/model."""
+    from lineate.images import find_images
+    from lineate.linearize import split
+
+    settings = _settings(source, preset, config, set_, seed)
+    photographs = tuple(find_images(images))
+    if held_out is None:
+        photographs, measured = split(photographs)
+        Screen().say(f"held out {len(measured)} of the photographs in {images}, every 5th in order of name")
+    else:
+        measured = tuple(find_images(held_out))
+    _run(_plan(settings, sizes, image_size, source=source, photographs=photographs, held_out=measured, out=out,
+               overwrite=overwrite, device=device))  # fmt: skip
+
+
+@app.command()
+def demo(
+    out: Out, source: Annotated[str, typer.Option(help=f"The model: {_SOURCE}.")] = "embedded", preset: Preset = None,
+    config: Config = None, set_: Set = None, image_size: ImageSize = None, seed: Seed = None, sizes: Sizes = None,
+    overwrite: Overwrite = False, device: Device = "cpu",
+) -> None:  # fmt: skip
+    """Linearize the embedded ViT-S/14 on photographs that Python packages ship; the default preset here is t5-plus."""
+    from lineate.embedded import CALIBRATION_PHOTOS, HELD_OUT_PHOTOS, photographs
+
+    if preset is None and config is None and not Path(source).is_dir():
+        preset = "t5-plus"
+    settings = _settings(source, preset, config, set_, seed)
+    _run(_plan(settings, sizes, image_size, source=source, photographs=tuple(photographs(CALIBRATION_PHOTOS)),
+               held_out=tuple(photographs(HELD_OUT_PHOTOS)), out=out, overwrite=overwrite, device=device))  # fmt: skip
+
+
+@app.command()
+def convert(
+    source: SourceArgument, out: Out, preset: Preset = None, config: Config = None, set_: Set = None, seed: Seed = None,
+    delta: Annotated[bool, typer.Option("--delta", help="Save the new tensors alone.")] = False, overwrite: Overwrite = False,
+) -> None:  # fmt: skip
+    """Convert without calibrating, and save."""
+    from lineate import convert as convert_model
+    from lineate import save
+    from lineate.checkpoint import check_target
+    from lineate.sources import load_source
+
+    if Path(source).is_dir():
+        from lineate.convert import ConversionError
+
+        raise ConversionError(f"{source} is a directory, and a saved one is converted already; choices: embedded, timm:NAME ...")
+    settings = _settings(source, preset, config, set_, seed)
+    check_target(out.resolve(), overwrite)
+    loaded = load_source(source)
+    assert settings.conversion is not None
+    model = convert_model(loaded.model, settings.conversion, interpolated=loaded.interpolated)
+    typer.echo(f"model: {save(model, out, delta=delta, overwrite=overwrite)}")
+
+
+@app.command()
+def calibrate(
+    source: SourceArgument, images: Images, out: Out, preset: Preset = None, config: Config = None, set_: Set = None,
+    image_size: ImageSize = None, seed: Seed = None, overwrite: Overwrite = False, device: Device = "cpu",
+) -> None:  # fmt: skip
+    """Fit a converted model, or SOURCE converted here, to its own softmax attention on all the photographs, and save."""
+    from lineate import save
+    from lineate.checkpoint import check_target
+    from lineate.images import find_images
+    from lineate.linearize import check_readable, crops, fit, load_pair
+    from lineate.runs import find_device
+
+    settings = _settings(source, preset, config, set_, seed)
+    paths = find_images(images)
+    check_readable(paths)
+    check_target(out.resolve(), overwrite)
+    find_device(device)
+    with screen() as shown:
+        shown.say(f"loading {source}")
+        pair = load_pair(source, settings.conversion, image_size=image_size or settings.image_size, device=device)
+        pool = crops(pair.source, paths, settings.calibration, settings.calibration.seed)
+        result = fit(pair.converted, pool, settings.calibration, shown.progress)
+        if pool.skipped:
+            shown.say(f"skipped {len(pool.skipped)} unreadable: {', '.join(path.name for path in pool.skipped)}")
+    saved = save(pair.converted, out, overwrite=overwrite)
+    table = Table("site", "error before", "after", title=f"Relative error on the crops, {result.seconds:.0f} s")
+    for site, error in result.sites.items():
+        table.add_row(site, f"{error.before:.3f}", f"{error.after:.3f}")
+    Console().print(table)
+    typer.echo(f"model: {saved}")
+
+
+@app.command()
+def bench(
+    source: SourceArgument, preset: Preset = None, config: Config = None, set_: Set = None, sizes: Sizes = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the figures there too.")] = None,
+    overwrite: Overwrite = False, device: Device = "cpu",
+) -> None:  # fmt: skip
+    """Time original and converted model side by side, and count their multiply-adds and memory; no calibration is needed."""
+    from lineate import runs
+    from lineate.convert import record
+    from lineate.linearize import choose_sizes, load_pair, measure_cost
+    from lineate.settings import parse_sizes
+
+    settings = _settings(source, preset, config, set_, None)
+    wanted = parse_sizes(sizes) if sizes is not None else settings.sizes
+    place = runs.find_device(device)
+    if out is not None and out.exists() and not (overwrite and out.is_file()):
+        raise runs.RunError(f"{out} exists; pass --overwrite to replace it" if out.is_file() else f"{out} is not a file")
+    with screen() as shown:
+        pair = load_pair(source, settings.conversion, device=device)
+        figures = measure_cost(pair, choose_sizes(pair.original, wanted, pair.source.multiple), shown.progress)
+    show_cost(figures)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        conversion = record(pair.converted).conversion.model_dump(mode="json")
+        runs.write_json(out, {"source": pair.source.name, "command": runs.command_line(), "created": runs.now(),
+                        "conversion": conversion, "environment": runs.environment(place),
+                        "cost": figures.model_dump(mode="json")})  # fmt: skip
+        typer.echo(f"figures: {out}")
+
+
+@app.command()
+def analyze(
+    source: SourceArgument, images: Images, out: Out, image_size: ImageSize = None, overwrite: Overwrite = False,
+    device: Device = "cpu",
+) -> None:  # fmt: skip
+    """Key shift and implicit attention maps of a model; of original and converted, where SOURCE is a saved directory."""
+    import json
+
+    from lineate.images import find_images
+    from lineate.linearize import analyze as look_into
+
+    with screen() as shown:
+        written = look_into(source, find_images(images), out, image_size=image_size, device=device, overwrite=overwrite,
+                            say=shown.say)  # fmt: skip
+    shift: dict[str, dict[str, float]] = json.loads(written.read_text(encoding="utf-8"))["key_shift"]
+    table = Table("site", *shift, title="Key shift: near 0 centred, near 1 one big shift")
+    for site in shift["original"]:
+        table.add_row(site, *(f"{shift[name][site]:.3f}" for name in shift))
+    Console().print(table)
+    typer.echo(f"analysis: {written}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `lineate linearize` wrote.")]) -> None:
+    """Write RUN/report.html anew from RUN/run.json and its pictures."""
+    from lineate.report import render
+    from lineate.report.run import load_run
+
+    path = render(run)
+    show(load_run(run))
+    typer.echo(f"report: {path}")
+
+
+@app.command()
+def presets() -> None:
+    """The named conversions and what they are; any field can be changed with --set."""
+    from lineate.convert import PRESETS
+
+    show_conversions(PRESETS)

@@ -1,0 +1,325 @@
+"""The main job, start to finish: load -> convert -> calibrate -> measure fidelity -> time -> draw -> RUN/report.html.
+
+All that can be checked is checked before the first long step. RUN/model is saved as soon as it is calibrated, and stays
+whatever happens after; RUN/run.json, written near the end, marks a whole run and holds what it takes to repeat it.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lineate import checkpoint, pictures, runs
+from lineate.analysis import key_shift
+from lineate.calibrate import CalibrationConfig, CalibrationResult, Progress, calibrate
+from lineate.convert import Conversion, convert, record
+from lineate.evaluate import EvaluationError
+from lineate.evaluate.cost import Cost, check_sizes, cost
+from lineate.evaluate.fidelity import Fidelity, fidelity
+from lineate.images import Crops, ImageError, centre_crop, open_image
+from lineate.report import render
+from lineate.sources import Source, load_source
+
+SIZES_PX = (224, 448, 672, 1024)  # timed where nothing else is said, each rounded down to whole patches
+HELD_OUT_EVERY = 5
+HELD_OUT_MOST = 256  # pictures to measure on, when the user did not choose them: each is a forward pass of both models
+DRAWN = 4  # held-out pictures shown
+CROPS_BATCH = 16
+REPEATS, SECONDS_PER_SIZE = 11, 15.0  # a size that takes longer is timed three times
+
+Say = Callable[[str], None]
+
+
+def _nothing(*_: object) -> None:
+    """Neither say nor show anything."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that `linearize` needs to know. `conversion` is None for a source that is converted already.
+
+    Sizes (h, w) and `image_size` are in px; None means the source's own size, and `SIZES_PX`.
+    """
+
+    source: str
+    photographs: tuple[Path, ...]
+    held_out: tuple[Path, ...]
+    out: Path
+    conversion: Conversion | None
+    calibration: CalibrationConfig
+    preset: str | None = None
+    image_size: int | None = None
+    sizes: tuple[tuple[int, int], ...] | None = None
+    seed: int = 0  # of the crops
+    overwrite: bool = False
+    device: str = "cpu"
+    command: tuple[str, ...] = field(default_factory=lambda: tuple(runs.command_line()))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A source, converted, and its original with softmax attention; both on one device, in eval mode."""
+
+    source: Source
+    original: nn.Module
+    converted: nn.Module
+
+
+class Clock:
+    """Wall-clock seconds of each phase, by name, and of all together."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Measure what is done inside, and add it to `phase`."""
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+    def read(self) -> dict[str, float]:
+        """The seconds of each phase, and "total"."""
+        return self.seconds | {"total": time.perf_counter() - self.started}
+
+
+def split(paths: Sequence[Path]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """(photographs to calibrate on, photographs held out): of the sorted list every fifth, the first included, is held out.
+
+    Of many held out, `HELD_OUT_MOST` evenly spread ones are kept to measure on; the others are used for nothing.
+    """
+    ordered = sorted(paths)
+    if len(ordered) < 2:
+        raise ImageError(f"{len(ordered)} picture cannot be both calibrated on and held out; give more, or --held-out")
+    held = ordered[::HELD_OUT_EVERY]
+    spread = held[:: -(-len(held) // HELD_OUT_MOST)]
+    return tuple(path for i, path in enumerate(ordered) if i % HELD_OUT_EVERY), tuple(spread)
+
+
+def check_readable(paths: Sequence[Path]) -> None:
+    """Raise `ImageError` if not one of the pictures can be read; stops at the first that can."""
+    reason = "there are none"
+    for path in paths:
+        try:
+            open_image(path)
+            return
+        except ImageError as error:
+            reason = str(error)
+    raise ImageError(f"none of the {len(paths)} pictures can be read; the last: {reason}")
+
+
+def check_images(photographs: Sequence[Path], held_out: Sequence[Path]) -> None:
+    """Raise `ImageError` unless both lists have a readable picture and no picture is in both."""
+    check_readable(photographs)
+    check_readable(held_out)
+    if both := {path.resolve() for path in photographs} & {path.resolve() for path in held_out}:
+        raise ImageError(f"{min(both)} is both calibrated on and held out; keep the folders of --images and --held-out apart")
+
+
+def load_pair(text: str, conversion: Conversion | None, *, image_size: int | None = None, device: str = "cpu") -> Pair:
+    """Load a source and convert it; one that is converted already stays as it is, and its original is built again."""
+    source = load_source(text, image_size=image_size)
+    place = runs.find_device(device)
+    source.model.to(place)
+    if source.head is not None:
+        source.head.to(place)
+    check_sizes(source.model, [(source.image_size, source.image_size)])
+    if getattr(source.model, "lineate_record", None) is not None:
+        return Pair(source, checkpoint.original_of(source.model), source.model)
+    original = copy.deepcopy(source.model)
+    return Pair(source, original, convert(source.model, conversion or Conversion(), interpolated=source.interpolated))
+
+
+def crops(source: Source, photographs: Sequence[Path], config: CalibrationConfig, seed: int) -> Crops:
+    """Random crops to calibrate `source` on, as many as the pool holds."""
+    return Crops(photographs, source.image_size, config.pool, mean=source.mean, std=source.std, seed=seed)
+
+
+def fit(model: nn.Module, pool: Crops, config: CalibrationConfig, progress: Progress) -> CalibrationResult:
+    """Calibrate `model` on the crops, in place."""
+    return calibrate(model, DataLoader(pool, batch_size=CROPS_BATCH), config=config, progress=progress)
+
+
+def read_held_out(source: Source, paths: Sequence[Path]) -> tuple[dict[Path, Tensor], dict[Path, str]]:
+    """Centre crops of the pictures that can be read, by path, and the others with the reason. Raises `ImageError` if none can."""
+    images: dict[Path, Tensor] = {}
+    skipped: dict[Path, str] = {}
+    for path in paths:
+        try:
+            images[path] = centre_crop(path, source.image_size, source.mean, source.std)
+        except ImageError as error:
+            skipped[path] = str(error)
+    if not images:
+        raise ImageError(f"none of the {len(paths)} held-out pictures can be read; the first: {skipped[paths[0]]}")
+    return images, skipped
+
+
+def choose_sizes(model: Any, sizes: Sequence[tuple[int, int]] | None, multiple: int) -> tuple[tuple[int, int], ...]:
+    """The sizes (h, w) in px to time at, checked; where none are said, `SIZES_PX`, or the one size that the model takes."""
+    if sizes is None and not getattr(model, "dynamic_img_size", True):
+        height, width = model.patch_embed.img_size
+        return ((height, width),)
+    chosen = sizes or [(px // multiple * multiple,) * 2 for px in SIZES_PX]
+    check_sizes(model, chosen)
+    return tuple(chosen)
+
+
+def linearize(plan: Plan, *, say: Say = _nothing, progress: Progress = _nothing) -> Path:
+    """Do the whole plan and return the path of the report. `say` gets short lines, `progress` the steps of the long parts.
+
+    Raises one of the package's own errors, one line each; then nothing is left at `plan.out`, unless the model had been
+    saved there, which a note on the error says. Ctrl-C likewise.
+    """
+    clock = Clock()
+    runs.check_folder(plan.out, plan.overwrite)
+    runs.find_device(plan.device)
+    check_images(plan.photographs, plan.held_out)
+    say(f"loading {plan.source}")
+    with clock("load"):
+        pair = load_pair(plan.source, plan.conversion, image_size=plan.image_size, device=plan.device)
+    sizes = choose_sizes(pair.original, plan.sizes, pair.source.multiple)
+    held_out, skipped = read_held_out(pair.source, plan.held_out)
+    with runs.run_folder(plan.out, plan.overwrite):
+        pool = crops(pair.source, plan.photographs, plan.calibration, plan.seed)
+        say(f"calibrating {len(record(pair.converted).sites)} sites on {pool.count} crops of {len(plan.photographs)} photographs")
+        with clock("fidelity"):
+            before = measure_uncalibrated(pair, list(held_out.values()))
+        with clock("calibrate"):
+            calibration = fit(pair.converted, pool, plan.calibration, progress)
+        checkpoint.save(pair.converted, plan.out / "model")
+        skipped |= pool.skipped
+        if skipped:
+            say(f"skipped {len(skipped)} unreadable: {', '.join(path.name for path in skipped)}")
+        say(f"measuring fidelity on {len(held_out)} held-out photographs")
+        with clock("fidelity"):
+            after = fidelity(pair.original, pair.converted, held_out.values())
+        with clock("cost"):
+            costs = measure_cost(pair, sizes, progress)
+        say("drawing")
+        with clock("analysis"):
+            shift = key_shift(pair.original, held_out.values())
+            drawn = draw(plan.out, pair, list(held_out))
+        results = {
+            "tensors": _tensor_counts(pair.converted),
+            "sites": record(pair.converted).sites,
+            "calibration": calibration.model_dump(mode="json"),
+            "fidelity_before": before.model_dump(mode="json") if before else None,
+            "fidelity": after.model_dump(mode="json"),
+            "cost": costs.model_dump(mode="json"),
+            "key_shift": shift,
+            "images": {
+                "calibration": min(pool.count, len(plan.photographs) - len(pool.skipped)),
+                "held_out": len(held_out),
+                "skipped": {str(path): reason for path, reason in skipped.items()},
+            },
+        }
+        done = {"seconds": clock.read(), "results": results, "pictures": [picture.model_dump() for picture in drawn]}
+        runs.write_json(plan.out / "run.json", _describe(plan, pair, sizes) | done)
+        return render(plan.out)
+
+
+def measure_uncalibrated(pair: Pair, images: Sequence[Tensor]) -> Fidelity | None:
+    """Fidelity before calibration; None if the activations are not finite then, which is no reason to stop."""
+    try:
+        return fidelity(pair.original, pair.converted, images)
+    except EvaluationError:
+        return None
+
+
+def measure_cost(pair: Pair, sizes: Sequence[tuple[int, int]], progress: Progress) -> Cost:
+    """Original and converted model timed side by side at every size; large ones less often."""
+    return cost(
+        pair.original, pair.converted, sizes, repeats=REPEATS, seconds_per_size=SECONDS_PER_SIZE, progress=progress
+    )  # fmt: skip
+
+
+def draw(folder: Path, pair: Pair, paths: Sequence[Path]) -> list[pictures.Picture]:
+    """The run's pictures: features, implicit attention, and saliency for a source with that head."""
+    models = {"original": pair.original, "converted": pair.converted}
+    shown = paths[:DRAWN]
+    drawn = pictures.draw_features(folder, pair.source, models, shown)
+    sites = pictures.early_middle_late(record(pair.converted).sites)
+    drawn.append(pictures.draw_attention(folder, pair.source, models, sites, paths[0]))
+    if pair.source.head is not None:
+        drawn += pictures.draw_saliency(folder, pair.source, models, shown)
+    return drawn
+
+
+def analyze(
+    text: str, paths: Sequence[Path], out: Path, *, image_size: int | None, device: str, overwrite: bool, say: Say = _nothing
+) -> Path:
+    """Key shift and implicit attention maps of a source, and of its original if it is converted: `out`/analysis.json.
+
+    Raises as `linearize` does, and then leaves nothing at `out`.
+    """
+    runs.check_folder(out, overwrite, runs.ANALYSIS_PARTS)
+    place = runs.find_device(device)
+    check_readable(paths)
+    say(f"loading {text}")
+    source = load_source(text, image_size=image_size)
+    models = {"original": source.model.to(place)}
+    if getattr(source.model, "lineate_record", None) is not None:
+        models = {"original": checkpoint.original_of(source.model), "converted": source.model}
+    images, skipped = read_held_out(source, paths)
+    if skipped:
+        say(f"skipped {len(skipped)} unreadable: {', '.join(path.name for path in skipped)}")
+    with runs.run_folder(out, overwrite, runs.ANALYSIS_PARTS):
+        say(f"looking into {len(images)} photographs")
+        shift = {name: key_shift(model, images.values()) for name, model in models.items()}
+        sites = pictures.early_middle_late(list(shift["original"]))
+        drawn = [pictures.draw_attention(out, source, models, sites, next(iter(images)))]
+        runs.write_json(
+            out / "analysis.json",
+            {
+                "source": source.name,
+                "command": runs.command_line(),
+                "created": runs.now(),
+                "environment": runs.environment(place),
+                "images": {"used": len(images), "skipped": {str(path): reason for path, reason in skipped.items()}},
+                "key_shift": shift,
+                "pictures": [picture.model_dump() for picture in drawn],
+            },
+        )
+    return out / "analysis.json"
+
+
+def _describe(plan: Plan, pair: Pair, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """What it takes to repeat the run."""
+    return {
+        "lineate": _version(),
+        "command": list(plan.command),
+        "created": runs.now(),
+        "source": pair.source.name,
+        "preset": plan.preset,
+        "seed": plan.seed,
+        "config": {
+            "conversion": record(pair.converted).conversion.model_dump(mode="json"),
+            "calibration": plan.calibration.model_dump(mode="json"),
+            "image_size": pair.source.image_size,
+            "sizes": [list(size) for size in sizes],
+        },
+        "environment": runs.environment(next(pair.original.parameters()).device),
+    }
+
+
+def _version() -> str:
+    import lineate  # at run time: the package imports its modules, not the other way round
+
+    return lineate.__version__
+
+
+def _tensor_counts(model: nn.Module) -> dict[str, dict[str, int]]:
+    done = record(model)
+    return {
+        status: {"tensors": len(done.names(status)), "parameters": done.count(status)}
+        for status in ("inherited", "new", "interpolated", "dropped")
+    }

@@ -1,0 +1,159 @@
+"""What every run leaves behind: its folder, in one piece or not at all, and what it takes to repeat it.
+
+A folder that is there is only replaced with --overwrite and only if it holds a run and nothing else; it is put aside meanwhile
+and comes back if the new run fails. A run that fails leaves nothing, unless its model had been saved: that is kept.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MODEL = "model/lineate.json"  # there once the model is saved whole
+RUN_PARTS = ("model", "run.json", "pictures", "report.html")
+ANALYSIS_PARTS = ("analysis.json", "pictures")
+VERSIONS = ("torch", "timm", "numpy", "pillow", "pydantic", "safetensors", "matplotlib")
+
+
+class RunError(ValueError):
+    """A run cannot be put where it was asked for, or done on the device asked for; the message is one line."""
+
+
+def check_folder(out: Path, overwrite: bool, parts: Sequence[str] = RUN_PARTS) -> None:
+    """Raise `RunError` if something stands at `out` that must not be replaced. `parts` are the names that a run may hold."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise RunError(f"{out} is a file; the output is a folder")
+    if not overwrite:
+        raise RunError(f"{out} exists; pass --overwrite to replace it")
+    found = sorted(path.name for path in out.iterdir())
+    foreign = [name for name in found if name not in parts and name != "report.html.partial"]
+    ours = not found or any((out / mark).is_file() for mark in ("run.json", "analysis.json", MODEL))
+    if foreign or not ours:
+        raise RunError(f"{out} holds {(foreign or found)[0]!r}, which is no part of a run; it is not overwritten")
+
+
+@contextmanager
+def run_folder(out: Path, overwrite: bool, parts: Sequence[str] = RUN_PARTS) -> Iterator[Path]:
+    """A new folder at `out` to write a run into; on an error, Ctrl-C included, see the module docstring.
+
+    What was kept is added to the exception as a note.
+    """
+    check_folder(out, overwrite, parts)
+    made = [folder for folder in out.resolve().parents if not folder.exists()]
+    aside = out.with_name(f".{out.resolve().name}.{secrets.token_hex(4)}.old")
+    try:
+        if out.exists():
+            out.rename(aside)
+        out.mkdir(parents=True)
+        yield out
+    except BaseException as error:
+        if (out / MODEL).is_file():
+            error.add_note(f"the model in {out / 'model'} is whole and was kept")
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            shutil.rmtree(out, ignore_errors=True)
+            if aside.exists():
+                aside.rename(out)
+                error.add_note(f"{out} is as it was")
+            for folder in made:
+                with suppress(OSError):  # somebody else put something there
+                    folder.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`, cpu or cuda. Raises `RunError` if there is none."""
+    if name not in ("cpu", "cuda"):
+        raise RunError(f"unknown device {name!r}; choices: cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RunError("no CUDA device is available; choices here: cpu")
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """The processor in words, for example "Intel Xeon, 2 threads"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Python, library versions, device, platform, and the commit of the lineate checkout, if it is one."""
+    versions = {}
+    for package in VERSIONS:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    commit, dirty = _commit(Path(__file__).parent)
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "device": device_name(device),
+        "platform": platform.platform(),
+        "commit": commit,
+        "dirty": dirty,
+    }
+
+
+def _commit(package: Path) -> tuple[str | None, bool | None]:
+    """The commit that `package` is at and whether its files differ from it; None, None where git does not track it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # an installed copy may lie inside somebody else's repository
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", "."))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def command_line() -> list[str]:
+    """The command that this process was started with, its program as a user types it."""
+    return ["lineate", *sys.argv[1:]]
+
+
+def now() -> str:
+    """The time, ISO 8601, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` as JSON, whole or not at all; numbers that are not finite become null."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        text = json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

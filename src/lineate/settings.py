@@ -1,0 +1,184 @@
+"""What the command line says of a conversion and its calibration, made into their configs.
+
+    --preset NAME        where to start; t5 where nothing is said
+    --config FILE.json   {"conversion": {...}, "calibration": {...}}, as run.json's "config" has it; a run.json itself will do
+    --set a.b=c          one field: of the conversion, or below `calibration.`; c is JSON, or else a string
+
+Whatever is wrong is one line that names the value and the choices.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lineate.calibrate import CalibrationConfig
+from lineate.convert import Conversion, preset
+from lineate.core import Neighborhood
+from lineate.mixers import MIXERS
+from lineate.mixers.base import Frozen
+
+DEFAULT_PRESET = "t5"
+
+
+class SettingsError(ValueError):
+    """A setting is unknown or has a value that it cannot have; the message names it and the choices."""
+
+
+class Settings(Frozen):
+    """What to do. `conversion` is None for a source that is converted already; sizes (h, w) in px are None where not said."""
+
+    conversion: Conversion | None
+    calibration: CalibrationConfig
+    preset: str | None = None
+    image_size: int | None = None
+    sizes: tuple[tuple[int, int], ...] | None = None
+
+
+def read_settings(
+    *,
+    preset_name: str | None = None,
+    config: Path | None = None,
+    assignments: Sequence[str] = (),
+    seed: int | None = None,
+    converted: bool = False,
+) -> Settings:
+    """The settings that the options say. `seed` is both the conversion's and the calibration's.
+
+    With `converted`, a conversion cannot be said any more, only the calibration. Raises `SettingsError`, or `ConversionError`
+    for an unknown preset.
+    """
+    said = _read_config(config) if config else {}
+    pairs = [_parse(text) for text in assignments]
+    if preset_name is not None and said.get("conversion") is not None:
+        raise SettingsError(f"{config} gives a conversion whole, and --preset {preset_name} another; give one of them")
+    if converted:
+        beyond = [".".join(path) for path, _ in pairs if path[0] != "calibration"]
+        if preset_name is not None or said.get("conversion") is not None or beyond:
+            what = f"--set {beyond[0]}" if beyond else "--preset" if preset_name is not None else f"the conversion in {config}"
+            raise SettingsError(f"the source is converted already, so {what} cannot change it; only calibration.* can be set")
+    chosen = None if converted or said.get("conversion") is not None else preset_name or DEFAULT_PRESET
+    fields = said.get("conversion") if chosen is None else preset(chosen).model_dump(mode="json")
+    fields = (fields or {}) | {"calibration": said.get("calibration") or {}}
+    for path, value in pairs:
+        _assign(fields, path, value)
+    calibration = fields.pop("calibration")
+    if seed is not None:
+        fields["seed"] = calibration["seed"] = seed
+    whole = {key: value for key, value in said.items() if key in ("image_size", "sizes")}
+    whole |= {"conversion": None if converted else fields, "calibration": calibration, "preset": chosen}
+    try:
+        return Settings.model_validate(whole)
+    except ValidationError as error:
+        raise SettingsError("; ".join(_tell(item) for item in error.errors())) from error
+
+
+def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
+    """Sizes like "224,448x672" as ((224, 224), (448, 672)): side, or height x width, in px. Raises `SettingsError`."""
+    sizes = []
+    for part in text.split(","):
+        height, _, width = part.strip().lower().partition("x")
+        if not (height.isdecimal() and (width or height).isdecimal()):
+            raise SettingsError(f"--sizes takes pixels like 224,448 or 448x672, got {text!r}")
+        sizes.append((int(height), int(width or height)))
+    return tuple(dict.fromkeys(sizes))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise SettingsError(f"{path} is not JSON: {error}") from error
+    if isinstance(data, dict) and isinstance(data.get("config"), dict):
+        data = data["config"]
+    keys = ("conversion", "calibration", "image_size", "sizes")
+    if not isinstance(data, dict) or (set(data) - set(keys)):
+        got = f"{', '.join(map(repr, sorted(set(data) - set(keys))))}" if isinstance(data, dict) else f"a {type(data).__name__}"
+        raise SettingsError(f"{path} must hold an object with {', '.join(keys)}; got {got}")
+    for key in keys[:2]:
+        if not isinstance(data.get(key) or {}, dict):
+            raise SettingsError(f"{path}: {key} must be an object, got {data[key]!r}")
+    return data
+
+
+def _parse(text: str) -> tuple[list[str], Any]:
+    name, equals, value = text.partition("=")
+    path = name.strip().split(".")
+    if not equals or not all(path):
+        raise SettingsError(f"--set takes FIELD=VALUE, like mixer.inner=2layer, got {text!r}")
+    try:
+        return path, json.loads(value)
+    except ValueError:
+        return path, value
+
+
+def _assign(fields: dict[str, Any], path: list[str], value: Any) -> None:
+    """Set one field in place; fields above it that are None begin as {}; another mixer begins at its own defaults."""
+    if path == ["mixer", "name"]:
+        path, value = ["mixer"], {"name": value}
+    here = fields
+    for depth, key in enumerate(path[:-1], start=1):
+        if here.get(key) is None:
+            _check_known(path[:depth])
+            here[key] = {"name": "ttt"} if key == "mixer" else {}
+        if not isinstance(here[key], dict):
+            raise SettingsError(f"{'.'.join(path[:depth])} is {here[key]!r} and has no fields, so {'.'.join(path)} cannot be set")
+        here = here[key]
+    if isinstance(value, dict) and path == ["calibration"]:
+        here[path[-1]] = dict(value)
+    elif path == ["calibration"]:
+        raise SettingsError(f"calibration has fields, {', '.join(CalibrationConfig.model_fields)}; got {value!r}")
+    else:
+        here[path[-1]] = value
+
+
+def _check_known(path: Sequence[str]) -> None:
+    if path[-1] not in _choices(path):
+        raise SettingsError(_unknown(path))
+
+
+def _choices(path: Iterable[str]) -> list[str]:
+    """The fields that stand beside the last name of a path."""
+    match list(path):
+        case ["mixer", kind, _] if kind in MIXERS:
+            return list(MIXERS[kind].config_type.model_fields)
+        case ["neighborhood", _]:
+            return list(Neighborhood.model_fields)
+        case ["calibration", _]:
+            return list(CalibrationConfig.model_fields)
+        case _:
+            return [*Conversion.model_fields, "calibration"]
+
+
+def _name(path: Sequence[str]) -> str:
+    """A path as `--set` takes it: pydantic puts the mixer's kind between the mixer and its field."""
+    inner = path[0] == "mixer" and len(path) > 1 and path[1] in MIXERS
+    return ".".join([path[0], *path[2:]] if inner else path)
+
+
+def _unknown(path: Sequence[str]) -> str:
+    return f"unknown field {_name(path)!r}; choices: {', '.join(_choices(path))}"
+
+
+def _tell(item: Any) -> str:
+    """One of pydantic's errors, in a phrase."""
+    path = [str(part) for part in item["loc"]]
+    path = path[1:] if path[0] == "conversion" else path
+    if not path:
+        return f"the conversion: {item['msg']}"
+    match item["type"]:
+        case "extra_forbidden":
+            return _unknown(path)
+        case "literal_error":
+            return f"{_name(path)}: unknown value {item['input']!r}; choices: {item['ctx']['expected']}"
+        case "union_tag_invalid":
+            return f"{_name(path)}.name: unknown value {item['ctx']['tag']!r}; choices: {item['ctx']['expected_tags']}"
+        case _:
+            problem = item["msg"].removeprefix("Value error, ")
+            return f"{_name(path)}: cannot be {item['input']!r}: {problem[:1].lower()}{problem[1:]}"

@@ -1,0 +1,112 @@
+"""What a user sees on the terminal: a status line and a progress bar while it works (stderr), tables when it is done (stdout)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lineate.report import words
+
+if TYPE_CHECKING:
+    from lineate.convert import Conversion
+    from lineate.report.run import Run
+
+
+class Screen:
+    """Status lines and one progress bar with the time left, on stderr."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self.bar: Progress | None = None
+        self.task: TaskID
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        """Move the bar; it comes with the first step and goes with the last."""
+        if self.bar is None:
+            left = TimeRemainingColumn(compact=True)
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), left, TextColumn("left"))
+            self.bar = Progress(*columns, console=self.console, refresh_per_second=4, transient=True)
+            self.task = self.bar.add_task(what, total=total)
+            self.bar.start()
+        self.bar.update(self.task, completed=done, description=what)
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+@contextmanager
+def screen() -> Iterator[Screen]:
+    """A screen whose bar is gone afterwards, whatever happened."""
+    shown = Screen()
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+def show_conversions(conversions: Mapping[str, Conversion]) -> None:
+    """A row a conversion: its name and what it is."""
+    table = Table("preset", "what it is", show_lines=True)
+    for name, conversion in conversions.items():
+        table.add_row(name, _words(conversion))
+    Console(highlight=False).print(table)
+
+
+def _words(conversion: Conversion) -> str:
+    """A conversion in words, its fields under the names that --set takes."""
+    mixer = conversion.mixer.model_dump()
+    name = {
+        "softmax": "the host's own attention, bit-identical",
+        "ttt": "one inner gradient step, test-time training",
+        "linear": "linear attention, φ = elu + 1",
+        "projqk": "linear attention with learned maps of q and k",
+    }[mixer.pop("name")]
+    fields = {f"mixer.{key}": value for key, value in mixer.items()}
+    fields |= {"key_norm": conversion.key_norm, "locality": conversion.locality}
+    if conversion.neighborhood is not None:
+        fields |= {f"neighborhood.{key}": value for key, value in conversion.neighborhood.model_dump().items()}
+    return f"{name}\n" + ", ".join(f"{key}={value}" for key, value in fields.items())
+
+
+def show(run: Run) -> None:
+    """Fidelity before and after, latency, and where the two models cross."""
+    before, after = run.results.fidelity_before, run.results.fidelity
+    names = {"patch_cosine": "patch tokens", "class_cosine": "class token", "pooled_cosine": "mean of patches"}
+    table = Table("cosine to the original", "before calibration", "after", title=f"{run.source}, {after.images} held-out images")
+    for name, shown in names.items():
+        if getattr(after, name) is not None:
+            table.add_row(shown, words.fixed(getattr(before, name) if before else None), words.fixed(getattr(after, name)))
+    console = Console(highlight=False)
+    console.print(table)
+    if run.results.cost is not None:
+        show_cost(run.results.cost)
+    typer.echo(words.headline(run)[-1].replace(words.NBSP, " "))
+
+
+def show_cost(cost: Any) -> None:
+    """A row a size: latency of both models, speed-up, multiply-adds, memory; then where they cross."""
+    columns = ("image, px", "original, ms", "converted, ms", "speed-up", "GMACs", "peak MiB")
+    table = Table(*columns, title=f"Latency on {cost.device}")
+    for row in cost.rows:
+        table.add_row(
+            f"{row.height}×{row.width}", words.number(row.original_ms), words.number(row.converted_ms), f"{row.speedup:.2f}×",
+            f"{words.number(row.original_gmacs)} → {words.number(row.converted_gmacs)}",
+            f"{words.number(row.original_peak_mib)} → {words.number(row.converted_peak_mib)}",
+        )  # fmt: skip
+    Console(highlight=False).print(table)
+    typer.echo(words.sentence(cost.crossover_note))
