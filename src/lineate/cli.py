@@ -75,16 +75,16 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pret
 
 _SOURCE = "embedded, timm:NAME, timm:NAME@CHECKPOINT, or a directory saved by lineate"
 SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help=f"The model: {_SOURCE}.")]
-Preset = Annotated[str | None, typer.Option(help="Name of a conversion; `lineate presets` lists them.  [default: t5]")]
+Preset = Annotated[str | None, typer.Option(help="Name of a conversion; `lineate presets` lists them (default: t5).")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="One field, for example mixer.inner=2layer.")]
 Config = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Conversion and calibration whole; a run.json will do.")]
 Images = Annotated[Path, typer.Option(metavar="DIR", help="Folder of photographs, searched through; no labels.")]
-HeldOut = Annotated[Path | None, typer.Option(metavar="DIR", help="Photographs to measure on.  [default: every 5th of --images]")]
+HeldOut = Annotated[Path | None, typer.Option(metavar="DIR", help="Photographs to measure on (default: every 5th of --images).")]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write, which must not exist.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote there.")]
-ImageSize = Annotated[int | None, typer.Option(metavar="PX", help="Side of the pictures.  [default: the model's own]")]
+ImageSize = Annotated[int | None, typer.Option(metavar="PX", help="Side of the pictures (default: the model's own).")]
 Sizes = Annotated[str | None, typer.Option(metavar="PX,...", help="Sizes to time at: 224,448 or 448x672.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn.  [default: 0]")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn (default: 0).")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
 

@@ -10,6 +10,7 @@ Whatever is wrong is one line that names the value and the choices.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,13 +80,10 @@ def read_settings(
 
 def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
     """Sizes like "224,448x672" as ((224, 224), (448, 672)): side, or height x width, in px. Raises `SettingsError`."""
-    sizes = []
-    for part in text.split(","):
-        height, _, width = part.strip().lower().partition("x")
-        if not (height.isdecimal() and (width or height).isdecimal()):
-            raise SettingsError(f"--sizes takes pixels like 224,448 or 448x672, got {text!r}")
-        sizes.append((int(height), int(width or height)))
-    return tuple(dict.fromkeys(sizes))
+    sizes = [re.fullmatch(r"(\d+)(?:x(\d+))?", part.strip(), re.ASCII | re.IGNORECASE) for part in text.split(",")]
+    if not all(sizes):
+        raise SettingsError(f"--sizes takes pixels like 224,448 or 448x672, got {text!r}")
+    return tuple(dict.fromkeys((int(size[1]), int(size[2] or size[1])) for size in sizes if size))
 
 
 def _read_config(path: Path) -> dict[str, Any]:

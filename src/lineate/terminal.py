@@ -35,7 +35,8 @@ class Screen:
         if self.bar is None:
             left = TimeRemainingColumn(compact=True)
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), left, TextColumn("left"))
-            self.bar = Progress(*columns, console=self.console, refresh_per_second=4, transient=True)
+            shown = self.console.is_terminal  # a log gets no bar, and no empty line in its place
+            self.bar = Progress(*columns, console=self.console, refresh_per_second=4, transient=True, disable=not shown)
             self.task = self.bar.add_task(what, total=total)
             self.bar.start()
         self.bar.update(self.task, completed=done, description=what)
@@ -100,7 +101,7 @@ def show(run: Run) -> None:
 
 def show_cost(cost: Any) -> None:
     """A row a size: latency of both models, speed-up, multiply-adds, memory; then where they cross."""
-    columns = ("image, px", "original, ms", "converted, ms", "speed-up", "GMACs", "peak MiB")
+    columns = ("px", "original ms", "converted ms", "speed-up", "GMACs", "peak MiB")
     table = Table(*columns, title=f"Latency on {cost.device}")
     for row in cost.rows:
         table.add_row(
