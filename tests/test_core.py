@@ -157,15 +157,17 @@ def test_without_cpe_embed_returns_its_input(locality: str) -> None:
 # Neighborhood --------------------------------------------------------------------------------------------------------------
 
 
-def test_half_and_half_on_the_raw_projections_of_the_grid_alone() -> None:
+def test_half_and_half_on_the_raw_projections_and_exact_attention_off_the_grid() -> None:
     settings = {"mixer": LinearConfig(), "locality": "none"}
     q, k, v = qkv()
     mixed = core(**settings)(q, k, v, LAYOUT)
     out = core(**settings, neighborhood=Neighborhood(window=3))(q, k, v, LAYOUT)
-    near = neighborhood_attention(*(x[:, :, GRID] for x in (q, k, v)), LAYOUT.height, LAYOUT.width, 3)
+    outside = tuple(torch.cat((x[:, :, : GRID.start], x[:, :, GRID.stop :]), -2) for x in (k, v))
+    near = neighborhood_attention(*(x[:, :, GRID] for x in (q, k, v)), LAYOUT.height, LAYOUT.width, 3, outside)
     torch.testing.assert_close(out[:, :, GRID], 0.5 * mixed[:, :, GRID] + 0.5 * near)
-    assert torch.equal(out[:, :, : GRID.start], mixed[:, :, : GRID.start])
-    assert torch.equal(out[:, :, GRID.stop :], mixed[:, :, GRID.stop :])
+    exact = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(out[:, :, : GRID.start], exact[:, :, : GRID.start])
+    torch.testing.assert_close(out[:, :, GRID.stop :], exact[:, :, GRID.stop :])
 
 
 def test_a_learned_mix_starts_at_one_half_and_goes_to_either_branch_head_by_head() -> None:

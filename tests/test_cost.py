@@ -88,7 +88,9 @@ def test_a_grid_smaller_than_the_window_is_one_window() -> None:
     model = convert(VisionTransformer(**SMALL).eval(), Conversion(neighborhood=Neighborhood(window=5)))
     plain = convert(VisionTransformer(**SMALL).eval(), "t5")
     picture = torch.zeros(1, 3, 16, 48)
-    branch = 2 * 12 * (2 * 5) * 24 * 2 / 1e9
+    windows = 2 * 12 * (2 * 5 + 1) * 24 * 2  # 12 queries see 2×5 keys and the class token
+    class_token = 2 * 13 * 24 * 2  # which sees all 13
+    branch = (windows + class_token) / 1e9
     assert count_operator_macs(model, picture) - count_macs(plain, picture) == pytest.approx(branch, abs=1e-12)
 
 

@@ -71,7 +71,7 @@ class ConversionRecord(Frozen):
 PRESETS: dict[str, Conversion] = {
     "softmax": Conversion(mixer=SoftmaxConfig(), key_norm="none", locality="none"),
     "t5": Conversion(),
-    "t5-plus": Conversion(neighborhood=Neighborhood(window=5)),
+    "t5-plus": Conversion(neighborhood=Neighborhood(window=5, mix="learned")),
     "t5-2layer": Conversion(mixer=TTTConfig(inner="2layer", loss="l2")),
     "linear": Conversion(mixer=LinearConfig(), locality="none"),
     "projqk": Conversion(mixer=ProjQKConfig(), locality="none"),

@@ -6,7 +6,9 @@
     o = (1 - m)·o + m·NAT(q, k, v)    on the raw q, k, v; m = 1/2 (equation 15) or learned per head
 
 Source: Li et al., arXiv 2605.02772, section 4; ε = 1, biased variance and no affine are the released code's.
-Prefix and suffix tokens take part in the norm and the mixer; convolutions and windows see the grid alone.
+Prefix and suffix tokens take part in the norm and the mixer; convolutions see the grid alone. The paper's hosts have none beside
+its neighborhood branch; here every window sees them too, and they see everything (softmax, linear in N): in ViTs they are
+attention's sinks, and docs/calibration.md says what this is worth.
 
 Legend: B batch, H heads, N tokens, D head dim, C = H·D channels, h×w grid.
 """
@@ -143,13 +145,18 @@ class CoreAttention(nn.Module):
         return out
 
     def _blend(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
-        """Mix in neighborhood attention on the grid tokens; prefix and suffix tokens keep the mixer's answer."""
+        """Mix neighborhood attention into the grid tokens; prefix and suffix tokens, few as they are, attend to all exactly."""
         assert self.config.neighborhood is not None
-        start, stop = layout.prefix, layout.prefix + layout.grid_tokens
-        q, k, v = (x[:, :, start:stop] for x in (q, k, v))
-        near = neighborhood_attention(q, k, v, layout.height, layout.width, self.config.neighborhood.window)
-        mix = self.mix_logit.sigmoid().view(-1, 1, 1) if self.config.neighborhood.mix == "learned" else 0.5
-        grid = torch.lerp(out[:, :, start:stop], near.to(out.dtype), mix)
+        window = self.config.neighborhood.window
+        learned = self.config.neighborhood.mix == "learned"
+        mix = self.mix_logit.sigmoid().view(-1, 1, 1).to(out.dtype) if learned else 0.5
+        sizes = (layout.prefix, layout.grid_tokens, layout.suffix)
+        (q_first, q_grid, q_last), (k_first, k_grid, k_last), (v_first, v_grid, v_last) = (x.split(sizes, -2) for x in (q, k, v))
         if not (layout.prefix or layout.suffix):
-            return grid
-        return torch.cat((out[:, :, :start], grid, out[:, :, stop:]), dim=-2)
+            near = neighborhood_attention(q, k, v, layout.height, layout.width, window)
+            return torch.lerp(out, near.to(out.dtype), mix)
+        outside = torch.cat((k_first, k_last), -2), torch.cat((v_first, v_last), -2)
+        near = neighborhood_attention(q_grid, k_grid, v_grid, layout.height, layout.width, window, outside)
+        grid = torch.lerp(out.split(sizes, -2)[1], near.to(out.dtype), mix)
+        first, last = (F.scaled_dot_product_attention(part, k, v).to(out.dtype) for part in (q_first, q_last))
+        return torch.cat((first, grid, last), -2)

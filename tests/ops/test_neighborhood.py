@@ -44,6 +44,14 @@ def test_equals_brute_force_in_output_and_gradients(height: int, width: int, win
         torch.testing.assert_close(found, expected)
 
 
+def test_every_query_sees_the_tokens_off_the_grid() -> None:
+    """A full window and the outside together are full attention over all tokens."""
+    q, k, v = qkv(4, 6)
+    outside = torch.randn(2, 3, 3, 4, dtype=torch.float64), torch.randn(2, 3, 3, 4, dtype=torch.float64)
+    expected = F.scaled_dot_product_attention(q, torch.cat((k, outside[0]), 2), torch.cat((v, outside[1]), 2))
+    torch.testing.assert_close(neighborhood_attention(q, k, v, 4, 6, 7, outside), expected)
+
+
 def test_a_window_as_large_as_the_grid_is_full_attention() -> None:
     q, k, v = qkv(4, 6)
     torch.testing.assert_close(neighborhood_attention(q, k, v, 4, 6, 7), F.scaled_dot_product_attention(q, k, v))

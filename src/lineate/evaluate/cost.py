@@ -6,11 +6,12 @@ Multiply-adds: a multiply-add counts one (the paper's convention). Matrix produc
 elementwise functions do not. Counted on fake tensors: exact for any size, without memory or arithmetic. Softmax attention is
 counted as its two matrix products (the MATH backend): not every torch counts the fused ones on a CPU.
 Neighborhood attention has two figures: what runs (the eager code's dense tiles, several times more) and what the operator
-itself needs, two products with a full window for each query: 2·N·w²·C. The paper's NAT rows fit twice that.
+itself needs, two products with a full window (and the M tokens off the grid) for each query: 2·N·(w² + M)·C. The paper's NAT
+rows, M = 0, fit twice that.
 Memory: the peak above what was live before the pass, so activations and temporaries, neither weights nor input. On CUDA the
 allocator's own peak; on a CPU the bytes of all live tensors, a kernel's private scratch not included.
 
-Legend: B batch, H heads, N tokens, D head dim, C = H·D, h×w grid, w window.
+Legend: B batch, H heads, N tokens, D head dim, C = H·D, M tokens off the grid, h×w grid, w window.
 """
 
 from __future__ import annotations
@@ -88,11 +89,14 @@ def _executed_macs(function: Callable[..., object], *args: Any) -> float:
 
 
 def _neighborhood_surplus(window: int, shape: torch.Size, layout: TokenLayout) -> float:
-    """Multiply-adds that neighborhood attention executes beyond the operator's own 2·N·w²·C; `shape` is (B, H, N, D)."""
+    """Multiply-adds that neighborhood attention executes beyond the operator's own 2·N·(w² + M)·C; `shape` is (B, H, N, D)."""
     batch, heads, _, dim = shape
     x = torch.empty(batch, heads, layout.grid_tokens, dim)
-    seen = min(window, layout.height) * min(window, layout.width)
-    executed = _executed_macs(neighborhood_attention, x, x, x, layout.height, layout.width, window)
+    outside = torch.empty(batch, heads, layout.prefix + layout.suffix, dim)
+    seen = min(window, layout.height) * min(window, layout.width) + outside.shape[-2]
+    executed = _executed_macs(
+        lambda x, outside: neighborhood_attention(x, x, x, layout.height, layout.width, window, (outside, outside)), x, outside
+    )
     return executed - 2 * x.numel() * seen
 
 
@@ -121,7 +125,7 @@ def count_macs(model: nn.Module, *args: Any) -> float:
 
 
 def count_operator_macs(model: nn.Module, *args: Any) -> float:
-    """As `count_macs`, with each neighborhood attention at the operator's own 2·N·w²·C instead of its eager tiles."""
+    """As `count_macs`, with each neighborhood attention at the operator's own 2·N·(w² + M)·C instead of its eager tiles."""
     return _count(model, *args)[1]
 
 
@@ -246,8 +250,6 @@ def _check(original: Any, converted: nn.Module, sizes: Sequence[tuple[int, int]]
     for name, least in (("repeats", 1), ("batch", 1), ("warmup", 0)):
         if counts[name] < least:
             raise EvaluationError(f"{name} must be at least {least}, got {counts[name]}")
-    if not sizes:
-        raise EvaluationError("there are no picture sizes to measure at")
     here, there = (next(model.parameters()) for model in (original, converted))
     if (here.device, here.dtype) != (there.device, there.dtype):
         raise EvaluationError(

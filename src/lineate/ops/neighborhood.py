@@ -7,7 +7,7 @@ dense masked attention made of matrix products: a few times more multiplications
 than w² shifted passes over memory. A grid side shorter than w is one window. Every query has the same number of keys.
 Source: Hassani et al., arXiv 2204.07143 (no relative bias).
 
-Legend: B batch, H heads, N = h·w_grid tokens, D head dim, T tiles, P queries a tile, S keys a tile.
+Legend: B batch, H heads, N = height·width tokens, M tokens off the grid, D head dim, T tiles, P queries a tile, S keys a tile.
 """
 
 from __future__ import annotations
@@ -45,12 +45,25 @@ def _plan(height: int, width: int, window: int, device: torch.device) -> tuple[T
     return query, key, mask, answer
 
 
+def _tiles(x: Tensor, index: Tensor, tiles: int) -> Tensor:
+    """(B, H, N, D) -> (B·T, H, P or S, D); tokens are gathered before the heads part, where their rows are long."""
+    batch, heads, _, dim = x.shape
+    return x.transpose(1, 2).index_select(1, index).view(batch * tiles, -1, heads, dim).transpose(1, 2)
+
+
 def neighborhood_attention(
-    q: Float[Tensor, "B H N D"], k: Float[Tensor, "B H N D"], v: Float[Tensor, "B H N D"], height: int, width: int, window: int
+    q: Float[Tensor, "B H N D"],
+    k: Float[Tensor, "B H N D"],
+    v: Float[Tensor, "B H N D"],
+    height: int,
+    width: int,
+    window: int,
+    outside: tuple[Float[Tensor, "B H M D"], Float[Tensor, "B H M D"]] | None = None,
 ) -> Float[Tensor, "B H N D"]:
     """Softmax attention inside a window×window neighbourhood of the height×width grid (N = height·width).
 
-    Shapes: q, k, v (B, H, N, D), row-major grid; returns (B, H, N, D) in q's dtype. `window` is odd. Source: module docstring.
+    Shapes: q, k, v (B, H, N, D), row-major grid; returns (B, H, N, D) in q's dtype. `window` is odd. `outside` are keys and
+    values of M tokens off the grid that every query sees beside its window. Source: module docstring.
     """
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window must be a positive odd number, got {window}")
@@ -59,11 +72,11 @@ def neighborhood_attention(
         raise ValueError(f"{tokens} tokens do not fill a {height}×{width} grid")
     query, key, mask, answer = _plan(height, width, window, q.device)
     tiles, per_tile, _ = mask.shape
-
-    def gather(x: Tensor, index: Tensor) -> Tensor:
-        """(B, H, N, D) -> (B·T, H, P or S, D); tokens are gathered before the heads part, where their rows are long."""
-        return x.transpose(1, 2).index_select(1, index).view(batch * tiles, -1, heads, dim).transpose(1, 2)
-
     mask = mask.expand(batch, -1, -1, -1).reshape(batch * tiles, 1, per_tile, -1)
-    out = F.scaled_dot_product_attention(gather(q, query), gather(k, key), gather(v, key), attn_mask=mask)
+    near_k, near_v = _tiles(k, key, tiles), _tiles(v, key, tiles)
+    if outside is not None:
+        far_k, far_v = (x[:, None].expand(-1, tiles, -1, -1, -1).flatten(0, 1) for x in outside)
+        near_k, near_v = torch.cat((near_k, far_k), dim=-2), torch.cat((near_v, far_v), dim=-2)
+        mask = F.pad(mask, (0, far_k.shape[-2]), value=True)
+    out = F.scaled_dot_product_attention(_tiles(q, query, tiles), near_k, near_v, attn_mask=mask)
     return out.transpose(1, 2).reshape(batch, tiles * per_tile, heads, dim).index_select(1, answer).transpose(1, 2)
