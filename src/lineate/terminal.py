@@ -88,7 +88,8 @@ def show(run: Run) -> None:
     """Fidelity before and after, latency, and where the two models cross."""
     before, after = run.results.fidelity_before, run.results.fidelity
     names = {"patch_cosine": "patch tokens", "class_cosine": "class token", "pooled_cosine": "mean of patches"}
-    table = Table("cosine to the original", "before calibration", "after", title=f"{run.source}, {words.counted(after.images, 'held-out image')}")
+    title = f"{run.source}, {words.counted(after.images, 'held-out image')}"
+    table = Table("cosine to the original", "before calibration", "after", title=title)
     for name, shown in names.items():
         if getattr(after, name) is not None:
             table.add_row(shown, words.fixed(getattr(before, name) if before else None), words.fixed(getattr(after, name)))
