@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test check clean
 
 demo: $(INSTALLED)
-	$(VENV)/bin/lineate demo --out $(OUT)
+	$(VENV)/bin/lineate demo --out $(OUT) --overwrite
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest

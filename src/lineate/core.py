@@ -151,12 +151,10 @@ class CoreAttention(nn.Module):
         learned = self.config.neighborhood.mix == "learned"
         mix = self.mix_logit.sigmoid().view(-1, 1, 1).to(out.dtype) if learned else 0.5
         sizes = (layout.prefix, layout.grid_tokens, layout.suffix)
-        (q_first, q_grid, q_last), (k_first, k_grid, k_last), (v_first, v_grid, v_last) = (x.split(sizes, -2) for x in (q, k, v))
+        q_first, q_grid, q_last = q.split(sizes, dim=-2)
+        near = neighborhood_attention(q_grid, k, v, layout.height, layout.width, window, layout.prefix).to(out.dtype)
+        grid = torch.lerp(out.split(sizes, dim=-2)[1], near, mix)
         if not (layout.prefix or layout.suffix):
-            near = neighborhood_attention(q, k, v, layout.height, layout.width, window)
-            return torch.lerp(out, near.to(out.dtype), mix)
-        outside = torch.cat((k_first, k_last), -2), torch.cat((v_first, v_last), -2)
-        near = neighborhood_attention(q_grid, k_grid, v_grid, layout.height, layout.width, window, outside)
-        grid = torch.lerp(out.split(sizes, -2)[1], near.to(out.dtype), mix)
+            return grid
         first, last = (F.scaled_dot_product_attention(part, k, v).to(out.dtype) for part in (q_first, q_last))
-        return torch.cat((first, grid, last), -2)
+        return torch.cat((first, grid, last), dim=-2)

@@ -44,12 +44,18 @@ def test_equals_brute_force_in_output_and_gradients(height: int, width: int, win
         torch.testing.assert_close(found, expected)
 
 
-def test_every_query_sees_the_tokens_off_the_grid() -> None:
-    """A full window and the outside together are full attention over all tokens."""
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_every_query_sees_the_tokens_off_the_grid(first: int) -> None:
+    """A full window and the tokens off the grid together are full attention over all tokens."""
+    q, k, v = (torch.randn(2, 3, 4 * 6 + 3, 4, dtype=torch.float64) for _ in range(3))
+    q = q[:, :, first : first + 24]
+    torch.testing.assert_close(neighborhood_attention(q, k, v, 4, 6, 7, first), F.scaled_dot_product_attention(q, k, v))
+
+
+def test_tokens_that_do_not_fit_the_grid_are_refused() -> None:
     q, k, v = qkv(4, 6)
-    outside = torch.randn(2, 3, 3, 4, dtype=torch.float64), torch.randn(2, 3, 3, 4, dtype=torch.float64)
-    expected = F.scaled_dot_product_attention(q, torch.cat((k, outside[0]), 2), torch.cat((v, outside[1]), 2))
-    torch.testing.assert_close(neighborhood_attention(q, k, v, 4, 6, 7, outside), expected)
+    with pytest.raises(ValueError, match="24 queries and 24 keys, the grid from 1 on, do not fit a 4×6 grid"):
+        neighborhood_attention(q, k, v, 4, 6, 3, 1)
 
 
 def test_a_window_as_large_as_the_grid_is_full_attention() -> None:
@@ -86,8 +92,3 @@ def test_half_precision_stays_half_and_close() -> None:
 def test_a_window_that_is_not_odd_is_refused(window: int) -> None:
     with pytest.raises(ValueError, match=f"positive odd number, got {window}"):
         neighborhood_attention(*qkv(4, 4), 4, 4, window)
-
-
-def test_tokens_that_do_not_fill_the_grid_are_refused() -> None:
-    with pytest.raises(ValueError, match="16 tokens do not fill a 4×5 grid"):
-        neighborhood_attention(*qkv(4, 4), 4, 5, 3)

@@ -90,14 +90,11 @@ def _executed_macs(function: Callable[..., object], *args: Any) -> float:
 
 def _neighborhood_surplus(window: int, shape: torch.Size, layout: TokenLayout) -> float:
     """Multiply-adds that neighborhood attention executes beyond the operator's own 2·N·(w² + M)·C; `shape` is (B, H, N, D)."""
-    batch, heads, _, dim = shape
-    x = torch.empty(batch, heads, layout.grid_tokens, dim)
-    outside = torch.empty(batch, heads, layout.prefix + layout.suffix, dim)
-    seen = min(window, layout.height) * min(window, layout.width) + outside.shape[-2]
-    executed = _executed_macs(
-        lambda x, outside: neighborhood_attention(x, x, x, layout.height, layout.width, window, (outside, outside)), x, outside
-    )
-    return executed - 2 * x.numel() * seen
+    batch, heads, tokens, dim = shape
+    q, k = (torch.empty(batch, heads, n, dim) for n in (layout.grid_tokens, tokens))
+    seen = min(window, layout.height) * min(window, layout.width) + tokens - layout.grid_tokens
+    executed = _executed_macs(neighborhood_attention, q, k, k, layout.height, layout.width, window, layout.prefix)
+    return executed - 2 * q.numel() * seen
 
 
 def _count(model: nn.Module, *args: Any) -> tuple[float, float]:

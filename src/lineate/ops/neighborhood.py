@@ -7,7 +7,7 @@ dense masked attention made of matrix products: a few times more multiplications
 than w² shifted passes over memory. A grid side shorter than w is one window. Every query has the same number of keys.
 Source: Hassani et al., arXiv 2204.07143 (no relative bias).
 
-Legend: B batch, H heads, N = height·width tokens, M tokens off the grid, D head dim, T tiles, P queries a tile, S keys a tile.
+Legend: B batch, H heads, N = height·width grid tokens, M all tokens, D head dim, T tiles, P queries a tile, S keys a tile.
 """
 
 from __future__ import annotations
@@ -53,30 +53,33 @@ def _tiles(x: Tensor, index: Tensor, tiles: int) -> Tensor:
 
 def neighborhood_attention(
     q: Float[Tensor, "B H N D"],
-    k: Float[Tensor, "B H N D"],
-    v: Float[Tensor, "B H N D"],
+    k: Float[Tensor, "B H M D"],
+    v: Float[Tensor, "B H M D"],
     height: int,
     width: int,
     window: int,
-    outside: tuple[Float[Tensor, "B H M D"], Float[Tensor, "B H M D"]] | None = None,
+    first: int = 0,
 ) -> Float[Tensor, "B H N D"]:
     """Softmax attention inside a window×window neighbourhood of the height×width grid (N = height·width).
 
-    Shapes: q, k, v (B, H, N, D), row-major grid; returns (B, H, N, D) in q's dtype. `window` is odd. `outside` are keys and
-    values of M tokens off the grid that every query sees beside its window. Source: module docstring.
+    Shapes: q (B, H, N, D), row-major grid; k, v (B, H, M, D), the grid's keys and values from token `first` on. Tokens that k and
+    v hold before and after the grid are seen by every query beside its window. Returns (B, H, N, D) in q's dtype. `window` is
+    odd. Source: module docstring.
     """
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window must be a positive odd number, got {window}")
     batch, heads, tokens, dim = q.shape
-    if tokens != height * width:
-        raise ValueError(f"{tokens} tokens do not fill a {height}×{width} grid")
+    total = k.shape[-2]
+    if tokens != height * width or not 0 <= first <= total - tokens:
+        raise ValueError(f"{tokens} queries and {total} keys, the grid from {first} on, do not fit a {height}×{width} grid")
     query, key, mask, answer = _plan(height, width, window, q.device)
     tiles, per_tile, _ = mask.shape
+    key = key.view(tiles, -1) + first
+    if total > tokens:
+        outside = torch.cat((torch.arange(first, device=q.device), torch.arange(first + tokens, total, device=q.device)))
+        key = torch.cat((key, outside.expand(tiles, -1)), dim=1)
+        mask = F.pad(mask, (0, total - tokens), value=True)
     mask = mask.expand(batch, -1, -1, -1).reshape(batch * tiles, 1, per_tile, -1)
-    near_k, near_v = _tiles(k, key, tiles), _tiles(v, key, tiles)
-    if outside is not None:
-        far_k, far_v = (x[:, None].expand(-1, tiles, -1, -1, -1).flatten(0, 1) for x in outside)
-        near_k, near_v = torch.cat((near_k, far_k), dim=-2), torch.cat((near_v, far_v), dim=-2)
-        mask = F.pad(mask, (0, far_k.shape[-2]), value=True)
-    out = F.scaled_dot_product_attention(_tiles(q, query, tiles), near_k, near_v, attn_mask=mask)
+    key = key.flatten()
+    out = F.scaled_dot_product_attention(_tiles(q, query, tiles), _tiles(k, key, tiles), _tiles(v, key, tiles), attn_mask=mask)
     return out.transpose(1, 2).reshape(batch, tiles * per_tile, heads, dim).index_select(1, answer).transpose(1, 2)
