@@ -1,8 +1,8 @@
 """How faithful a calibrated conversion is, preset by preset and seed by seed, on the embedded model and held-out photographs.
 
-    python benchmarks/calibration.py --preset t5 --preset t5-plus --seed 0 --seed 1 --seed 2 --out benchmarks/results/calibration.json
-    python benchmarks/calibration.py --preset t5-plus --set neighborhood.mix=half --seed 0 --out benchmarks/results/calibration.json
-    python benchmarks/calibration.py --table benchmarks/results/calibration.json
+    python benchmarks/calibration.py --preset t5 --preset t5-plus --seed 0 --seed 1 --seed 2
+    python benchmarks/calibration.py --preset t5-plus --set neighborhood.mix=half
+    python benchmarks/calibration.py --table
 
 A row is one (preset, settings, seed). Rows that the file has already are not run again, so a broken run goes on where it stopped.
 About four minutes a row on two CPU cores with the default settings; --threads 1 lets two of these share them.
@@ -25,6 +25,8 @@ from lineate.evaluate.fidelity import fidelity
 from lineate.linearize import crops, fit, load_pair, read_held_out
 from lineate.settings import Settings, read_settings
 
+RESULTS = Path(__file__).parent / "results" / "calibration.json"
+
 
 def measure(settings: Settings, seed: int) -> dict[str, Any]:
     """Convert, calibrate, and compare with the original: one row's results."""
@@ -34,7 +36,8 @@ def measure(settings: Settings, seed: int) -> dict[str, Any]:
     pool = crops(pair.source, photographs(CALIBRATION_PHOTOS), settings.calibration, seed)
     calibration = fit(pair.converted, pool, settings.calibration, lambda *_: None)
     after = fidelity(pair.original, pair.converted, held_out)
-    return {name: part.model_dump(mode="json") for name, part in (("before", before), ("calibration", calibration), ("after", after))}
+    parts = {"before": before, "calibration": calibration, "after": after}
+    return {name: part.model_dump(mode="json") for name, part in parts.items()}
 
 
 def run(presets: list[str], assignments: list[str], seeds: list[int], out: Path) -> None:
@@ -80,14 +83,14 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="assignments", metavar="FIELD=VALUE")
     parser.add_argument("--seed", action="append", type=int, default=[])
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--table", type=Path, help="print a file's rows as Markdown")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="print the rows of --out as Markdown")
     args = parser.parse_args()
     if args.table:
-        print(table(_read(args.table)))
+        print(table(_read(args.out)))
         return
-    if not args.preset or args.out is None:
-        parser.error("give --preset and --out, or --table")
+    if not args.preset:
+        parser.error("give --preset, or --table")
     if args.threads:
         torch.set_num_threads(args.threads)
     run(args.preset, args.assignments, args.seed or [0], args.out)

@@ -183,3 +183,16 @@ def test_centre_crop_is_the_middle_square(tmp_path: Path) -> None:
     assert picture.shape == (1, 3, 32, 32)
     w, h, x, y = corners((picture[0] + 1) / 2)
     torch.testing.assert_close(torch.tensor((w, h, x, y)), torch.tensor((1 / 3, 1.0, 0.5, 0.5)), atol=0.02, rtol=0)
+
+
+def test_jitter_changes_colours_and_nothing_else_repeatably(tmp_path: Path) -> None:
+    path = gradient(tmp_path / "a.png", 60, 40, blue=80)
+    plain, coloured, again = (crops([path], jitter=jitter) for jitter in (0.0, 0.4, 0.4))
+    assert any(not torch.equal(plain[i], coloured[i]) for i in range(8))
+    for i in range(8):
+        assert torch.equal(coloured[i], again[i])
+        assert coloured[i].min() >= 0 and coloured[i].max() <= 1
+        brightness = torch.stack((plain[i].mean(0).flatten(), coloured[i].mean(0).flatten()))
+        assert torch.corrcoef(brightness)[0, 1] > 0.8  # the same place in the picture
+    with pytest.raises(ValueError, match="jitter must be a share"):
+        crops([path], jitter=1.0)

@@ -50,7 +50,7 @@ class CalibrationConfig(Frozen):
 
     steps: int = Field(800, ge=0)
     batch: int = Field(4, ge=1)
-    pool: int = Field(256, ge=1)
+    pool: int = Field(512, ge=1)
     lr: float = Field(1e-2, gt=0)
     mix_lr: float = Field(5e-2, gt=0)
     seed: int = 0

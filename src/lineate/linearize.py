@@ -33,6 +33,7 @@ HELD_OUT_EVERY = 5
 HELD_OUT_MOST = 256  # pictures to measure on, when the user did not choose them: each is a forward pass of both models
 DRAWN = 4  # held-out pictures shown
 CROPS_BATCH = 16
+CROP_SCALE, COLOUR_JITTER = (0.08, 1.0), 0.4  # a few photographs must stand for many: docs/calibration.md
 REPEATS, SECONDS_PER_SIZE = 11, 15.0  # a size that takes longer is timed three times
 
 Say = Callable[[str], None]
@@ -141,7 +142,8 @@ def load_pair(text: str, conversion: Conversion | None, *, image_size: int | Non
 
 def crops(source: Source, photographs: Sequence[Path], config: CalibrationConfig, seed: int) -> Crops:
     """Random crops to calibrate `source` on, as many as the pool holds."""
-    return Crops(photographs, source.image_size, config.pool, mean=source.mean, std=source.std, seed=seed)
+    size, mean, std = source.image_size, source.mean, source.std
+    return Crops(photographs, size, config.pool, mean=mean, std=std, seed=seed, scale=CROP_SCALE, jitter=COLOUR_JITTER)
 
 
 def fit(model: nn.Module, pool: Crops, config: CalibrationConfig, progress: Progress) -> CalibrationResult:
