@@ -41,7 +41,7 @@ def _error(v: Tensor, loss: InnerLoss, predict: Callable[[], Tensor]) -> Tensor:
 def _silu_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
     sigmoid = torch.sigmoid(z)
     silu = z * sigmoid
-    return silu, sigmoid + silu * (1 - sigmoid)
+    return silu, torch.addcmul(sigmoid, silu, 1 - sigmoid)
 
 
 def _gate(x: Tensor, w: Weights) -> Tensor:
