@@ -127,9 +127,24 @@ def test_the_pool_bounds_what_is_taken_from_an_endless_stream(tiny_vit) -> None:
     assert len(taken) == 3  # 3 + 3 + 2 of the third batch
 
 
-def test_pictures_of_several_shapes_share_a_pool(tiny_vit) -> None:
+@pytest.mark.parametrize("steps", [1, 2, 9, 10, 11])
+def test_any_number_of_steps_will_do(tiny_vit, steps: int) -> None:
+    config = QUICK.model_copy(update={"steps": steps})
+    assert calibrate(convert(host(tiny_vit), "t5"), pictures(), config=config).steps == 2 * steps
+
+
+def test_how_the_images_arrive_does_not_matter(tiny_vit) -> None:
     model = convert(host(tiny_vit), "t5")
-    result = calibrate(model, [pictures(4), pictures(3, (32, 56)), pictures(1, (64, 32))[0]], config=QUICK)
+    twin = copy.deepcopy(model)
+    calibrate(model, pictures(), config=QUICK)
+    calibrate(twin, list(pictures()), config=QUICK)
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("name", ["t5", "cpe", "plus"])
+def test_pictures_of_several_shapes_share_a_pool(tiny_vit, name: str) -> None:
+    model = convert(host(tiny_vit), LEARNING[name])
+    result = calibrate(model, [pictures(4), pictures(2, (32, 56)), pictures(1, (56, 32))[0], pictures(1)], config=QUICK)
     assert result.images == 8
     assert all(error.after < error.before for error in result.sites.values())
 
