@@ -180,5 +180,7 @@ def test_interruption_leaves_a_valid_model(tiny_vit) -> None:
 def test_refusals(tiny_vit) -> None:
     with pytest.raises(ConversionError, match="not converted"):
         calibrate(host(tiny_vit), pictures())
+    with pytest.raises(CalibrationError, match=r"bfloat16; calibrate it in torch\.float32"):
+        calibrate(convert(host(tiny_vit).bfloat16(), "t5"), pictures())
     with pytest.raises(EvaluationError, match="no images"):
         calibrate(convert(host(tiny_vit), "t5"), [])

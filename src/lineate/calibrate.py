@@ -54,7 +54,7 @@ class CalibrationConfig(Frozen):
     pool: int = Field(512, ge=1)
     lr: float = Field(1e-2, gt=0)
     mix_lr: float = Field(5e-2, gt=0)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
 
 
 class SiteError(Frozen):
@@ -235,7 +235,7 @@ class _Calibration:
         return stand.question
 
     def _fit(self, site: str, attention: Any, examples: list[_Example]) -> SiteError:
-        size = sum(float(target.square().sum()) for _, target in examples)
+        size = max(sum(float(target.square().sum()) for _, target in examples), torch.finfo(torch.float64).tiny)
         before = self._error(attention, examples, size)
         if not list(attention.core.parameters()) or not self.config.steps:
             return SiteError(before=before, after=before)
@@ -313,6 +313,11 @@ def calibrate(
     the others as they were.
     """
     config = config or CalibrationConfig()
+    dtype = next(model.parameters()).dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise CalibrationError(
+            f"the model is in {dtype}; calibrate it in torch.float32 (model.float()) and cast it back afterwards"
+        )
     started = time.perf_counter()
     calibration = _Calibration(model, config, progress)
     with evaluating(model), _only_cores_learn(model), torch.enable_grad():

@@ -6,10 +6,13 @@ original checkpoint still loads into a converted model. Parameter groups, freezi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from lineate.core import CoreAttention, CoreConfig, Neighborhood
@@ -33,9 +36,9 @@ class Conversion(CoreConfig):
     (the paper's Table 10).
     """
 
-    sites: tuple[str, ...] = ("*",)
+    sites: tuple[str, ...] = Field(("*",), min_length=1)
     inherit: Literal["all", "attention", "mlp"] = "all"
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
 
     def core(self) -> CoreConfig:
         """The part of the conversion that a core is built from."""
@@ -138,12 +141,11 @@ def convert(
     sites = select_sites(family, model, conversion.sites)
     host = family.describe(model)
     tracker = family.track(model)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(conversion.seed)
+    with _seeded(model, conversion.seed):
         reset = _redraw(model, sites, conversion.inherit)
         for site in sites:
             reference = next(model.get_submodule(site.name).parameters())
-            core = CoreAttention(conversion.core(), site.heads, site.head_dim)
+            core = CoreAttention(conversion.core(), site.heads, site.head_dim, site.channels)
             family.install(model, site, core.to(reference.device, reference.dtype), tracker)
     status = {name: "interpolated" for name in interpolated} | {name: "new" for name in reset}
     tensors = tuple(
@@ -154,6 +156,16 @@ def convert(
         conversion=conversion, family=family.name, host=host, sites=tuple(site.name for site in sites), tensors=tensors + dropped
     )
     return model
+
+
+@contextmanager
+def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """The generators of the CPU and of the model's own GPUs seeded, for a while; no other GPU is touched."""
+    gpus = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
+    with torch.random.fork_rng(devices=gpus):
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[index] for index in gpus)):
+            generator.manual_seed(seed)
+        yield
 
 
 def _redraw(model: nn.Module, sites: list[AttentionSite], inherit: str) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from lineate.mixers import MIXERS, MixerConfig
 from lineate.mixers.base import Frozen
 from lineate.mixers.ttt import TTTConfig
 from lineate.ops.neighborhood import neighborhood_attention
+from lineate.ops.precision import wide
 
 KeyNorm = Literal["instance", "instance-no-std", "instance-no-mean", "layer", "rms", "none"]
 Locality = Literal["dwc-qk", "dwc-v", "cpe", "none"]
@@ -57,10 +58,6 @@ class CoreConfig(Frozen):
     neighborhood: Neighborhood | None = None
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def normalise_keys(k: Float[Tensor, "B H N D"], kind: KeyNorm, eps: float) -> Float[Tensor, "B H N D"]:
     """Norm the keys; statistics in fp32, result in k's dtype.
 
@@ -68,15 +65,14 @@ def normalise_keys(k: Float[Tensor, "B H N D"], kind: KeyNorm, eps: float) -> Fl
     """
     if kind == "none":
         return k
-    wide = _wide(k)
+    x = wide(k)
     axis = -1 if kind in ("layer", "rms") else -2
     # Mean and mean square in two passes: exact as a two-pass variance is, and three times faster than var_mean on a CPU.
-    centred = wide if kind == "rms" else wide - wide.mean(axis, keepdim=True)
+    centred = x if kind == "rms" else x - x.mean(axis, keepdim=True)
     if kind == "instance-no-std":
         return centred.to(k.dtype)
     scale = (centred.square().mean(axis, keepdim=True) + eps).rsqrt()
-    wide = (wide if kind == "instance-no-mean" else centred) * scale
-    return wide.to(k.dtype)
+    return ((x if kind == "instance-no-mean" else centred) * scale).to(k.dtype)
 
 
 def _to_grid(x: Tensor, layout: TokenLayout) -> Tensor:
@@ -105,6 +101,7 @@ class CoreAttention(nn.Module):
     """
 
     def __init__(self, config: CoreConfig, heads: int, head_dim: int, channels: int | None = None) -> None:
+        """`channels` are those of the host's tokens, which CPE convolves; heads · head_dim where not said."""
         super().__init__()
         self.config, self.heads = config, heads
         width = heads * head_dim
@@ -156,5 +153,5 @@ class CoreAttention(nn.Module):
         grid = torch.lerp(out.split(sizes, dim=-2)[1], near, mix)
         if not (layout.prefix or layout.suffix):
             return grid
-        first, last = (F.scaled_dot_product_attention(part, k, v).to(out.dtype) for part in (q_first, q_last))
+        first, last = (F.scaled_dot_product_attention(x, k, v).to(out.dtype) if x.shape[-2] else x for x in (q_first, q_last))
         return torch.cat((first, grid, last), dim=-2)

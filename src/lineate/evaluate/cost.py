@@ -198,6 +198,8 @@ def _row(models: tuple[nn.Module, nn.Module], images: Tensor, repeats: int, warm
     """Everything about one size. The memory pass comes first and warms up too."""
     original, converted = models
     deadline = None if seconds is None else time.monotonic() + seconds
+    if images.is_cuda:  # libraries take their workspaces at the first call, which would count against the first model
+        _interleaved(models, images, 1, 0, None)
     peaks = [peak_mib(model, images) for model in models]
     timings = _interleaved(models, images, repeats, warmup, deadline)
     low, median, high = torch.quantile(timings, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=0)

@@ -25,11 +25,12 @@ class UnsupportedModelError(ValueError):
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention of a host: its module name, its heads and channels a head, its kind, and why it cannot be converted."""
+    """One attention of a host: its name, heads, channels a head and of the tokens, kind, and why it cannot be converted."""
 
     name: str
     heads: int
     head_dim: int
+    channels: int
     kind: Literal["self", "joint"] = "self"
     refusal: str | None = None
 

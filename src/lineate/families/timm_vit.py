@@ -98,10 +98,14 @@ class TimmViT(Family):
         for index, block in enumerate(model.blocks):
             attention = getattr(block, "attn", None)
             if attention is None:
-                yield AttentionSite(f"blocks.{index}", 0, 0, refusal=f"{type(block).__name__} has no separate attention module")
+                yield AttentionSite(
+                    f"blocks.{index}", 0, 0, 0, refusal=f"{type(block).__name__} has no separate attention module"
+                )
             else:
                 head_dim = getattr(attention, "head_dim", 0)
-                yield AttentionSite(f"blocks.{index}.attn", attention.num_heads, head_dim, refusal=_refusal(attention))
+                yield AttentionSite(
+                    f"blocks.{index}.attn", attention.num_heads, head_dim, model.embed_dim, refusal=_refusal(attention)
+                )
 
     def blocks(self, model: Any) -> list[nn.Module]:
         """`model.blocks`."""

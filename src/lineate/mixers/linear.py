@@ -17,6 +17,12 @@ from torch import Tensor, nn
 from lineate.layout import TokenLayout
 from lineate.mixers.base import Frozen, TokenMixer
 from lineate.ops.linear import linear_attention
+from lineate.ops.precision import wide
+
+
+def _feature(x: Tensor) -> Tensor:
+    """φ(x) = elu(x) + 1, in fp32: for x < 0 it is exp(x), which 1 - 0.95 would lose in half precision."""
+    return F.elu(wide(x)) + 1
 
 
 class LinearConfig(Frozen):
@@ -32,14 +38,13 @@ class Linear(TokenMixer):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
         """(B, H, N, D) x 3 -> (B, H, N, D)."""
-        return linear_attention(F.elu(q) + 1, F.elu(k) + 1, v)
+        return linear_attention(_feature(q), _feature(k), v)
 
 
 class ProjQKConfig(Frozen):
-    """`start_noise`: standard deviation added to the identity that both maps start as."""
+    """ProjQK has nothing to set."""
 
     name: Literal["projqk"] = "projqk"
-    start_noise: float = 0.0
 
 
 class ProjQK(TokenMixer):
@@ -54,12 +59,13 @@ class ProjQK(TokenMixer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start both maps as the identity plus noise, so that an untrained ProjQK is plain linear attention."""
-        for weight in (self.q_map, self.k_map):
-            nn.init.normal_(weight, std=self.config.start_noise)
-            with torch.no_grad():
-                weight.add_(torch.eye(self.head_dim, device=weight.device, dtype=weight.dtype))
+        """Start both maps as the identity, so that an untrained ProjQK is plain linear attention."""
+        with torch.no_grad():
+            for weight in (self.q_map, self.k_map):
+                weight.copy_(torch.eye(self.head_dim, device=weight.device, dtype=weight.dtype))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
         """(B, H, N, D) x 3 -> (B, H, N, D)."""
-        return linear_attention(F.elu(q @ self.q_map) + 1, F.elu(k @ self.k_map) + 1, v)
+        with torch.autocast(q.device.type, enabled=False):
+            q, k = wide(q) @ wide(self.q_map), wide(k) @ wide(self.k_map)
+        return linear_attention(_feature(q), _feature(k), v)

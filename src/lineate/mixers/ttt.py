@@ -17,17 +17,12 @@ from lineate.ops.ttt import INNER, InnerLoss, InnerModel, ttt
 
 
 class TTTConfig(Frozen):
-    """The inner model, its loss, and `start_std`, the truncated-normal standard deviation of the start weights (paper: 0.02).
-
-    `center_values` takes the mean value over the tokens off before the inner step and adds it to the output: softmax answers
-    a shift of the values with the same shift, plain TTT does not. Differs from the paper, whose setting is False.
-    """
+    """The inner model, its loss, and `start_std`, the truncated-normal standard deviation of the start weights (paper: 0.02)."""
 
     name: Literal["ttt"] = "ttt"
     inner: InnerModel = "swiglu"
     loss: InnerLoss = "inner-product"
     start_std: float = Field(0.02, ge=0)
-    center_values: bool = False
 
 
 class TTT(TokenMixer):
@@ -51,7 +46,4 @@ class TTT(TokenMixer):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
         """(B, H, N, D) x 3 -> (B, H, N, D); every token takes part, grid or not."""
         weights = [getattr(self, name) for name in self.names]
-        if not self.config.center_values:
-            return ttt(q, k, v, weights, self.config.inner, self.config.loss)
-        mean = v.float().mean(dim=-2, keepdim=True) if v.dtype != torch.float64 else v.mean(dim=-2, keepdim=True)
-        return ttt(q, k, v - mean.to(v.dtype), weights, self.config.inner, self.config.loss) + mean.to(v.dtype)
+        return ttt(q, k, v, weights, self.config.inner, self.config.loss)

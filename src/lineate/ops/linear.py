@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lineate.ops.precision import wide
+
 
 def linear_attention(
     q: Float[Tensor, "B H N E"], k: Float[Tensor, "B H N E"], v: Float[Tensor, "B H N D"]
@@ -22,9 +24,8 @@ def linear_attention(
     Computed in fp32 (fp64 for fp64). Source: module docstring.
     """
     dtype = v.dtype
-    compute = dtype if dtype == torch.float64 else torch.float32
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v = q.to(compute), k.to(compute), v.to(compute)
+        q, k, v = wide(q), wide(k), wide(v)
         state = k.mT @ v / k.shape[-2]
         normaliser = q @ k.mean(dim=-2).unsqueeze(-1)
-        return (q @ state / normaliser.clamp_min(torch.finfo(compute).tiny)).to(dtype)
+        return (q @ state / normaliser.clamp_min(torch.finfo(q.dtype).tiny)).to(dtype)

@@ -28,6 +28,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from lineate.ops.precision import wide
+
 InnerModel = Literal["1layer-gate", "2layer", "3layer", "swiglu"]
 InnerLoss = Literal["inner-product", "l2"]
 Weights = Sequence[Tensor]
@@ -126,10 +128,9 @@ def ttt(
     if len(weights) != inner.matrices:
         raise ValueError(f"inner model {model!r} has {inner.matrices} matrices, got {len(weights)}")
     dtype = q.dtype
-    compute = dtype if dtype == torch.float64 else torch.float32
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v = q.to(compute), k.to(compute), v.to(compute)
-        start = [w.to(compute) for w in weights]
+        q, k, v = wide(q), wide(k), wide(v)
+        start = [wide(w) for w in weights]
         step = k.shape[-1] ** -0.5 / k.shape[-2]
         gradients = inner.gradients(k, v, start, loss)
         fitted = [w - step * g for w, g in zip(start, gradients, strict=True)]
