@@ -169,7 +169,7 @@ def test_set_changes_one_field_of_the_conversion_or_of_the_calibration() -> None
     found = read_settings(assignments=("calibration.steps=50",), seed=3)
     assert found.calibration.steps == 50 and found.conversion is not None
     assert found.conversion.seed == found.calibration.seed == 3
-    assert read_settings(assignments=("calibration.lr=0.5",), converted=True).conversion is None
+    assert read_settings(assignments=("calibration.lr=0.5",), converted=Conversion()).conversion is None
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from lineate.mixers.base import Frozen
 
 FORMAT = 1
 MANIFEST = "lineate.json"
+RUN = "run.json"  # what a command did to get here, for its reader: loading passes it over
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -131,6 +132,11 @@ def load(path: str | Path, *, base: nn.Module | None = None) -> nn.Module:
         setattr(model.get_submodule(owner), leaf, getattr(model.get_submodule(kept_owner), kept_leaf))
     cast(Any, model).lineate_record = manifest.record
     return model.eval()
+
+
+def read_record(path: str | Path) -> ConversionRecord:
+    """The record of the model in the directory `path`, without its tensors. Raises `CheckpointError`."""
+    return _read_manifest(Path(path)).record
 
 
 def original_of(model: nn.Module) -> nn.Module:
@@ -252,7 +258,8 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{target} is a file; a checkpoint is a directory")
     if not overwrite:
         raise CheckpointError(f"{target} exists; pass overwrite=True (--overwrite) to replace it")
-    foreign = [file.name for file in sorted(target.iterdir()) if file.name != MANIFEST and not _is_weights(file.name)]
+    ours = (MANIFEST, RUN) if (target / MANIFEST).is_file() else ()
+    foreign = [file.name for file in sorted(target.iterdir()) if file.name not in ours and not _is_weights(file.name)]
     if foreign:
         raise CheckpointError(f"{target} also holds {_some(foreign)}, which is no part of a checkpoint; it is not overwritten")
 

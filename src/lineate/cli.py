@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 def _expected() -> tuple[type[BaseException], ...]:
     """Errors that a user can cause or mend."""
     from pydantic import ValidationError
-    from torch import OutOfMemoryError
 
     from lineate.calibrate import CalibrationError
     from lineate.checkpoint import CheckpointError
@@ -43,7 +42,7 @@ def _expected() -> tuple[type[BaseException], ...]:
     return (
         CalibrationError, CheckpointError, ConversionError, EmbeddedModelError, EvaluationError, ImageError, ReleasedError,
         ReportError, RunError, SettingsError, SourceError, UnsupportedModelError,
-        ValidationError, OutOfMemoryError, MemoryError, ModuleNotFoundError, OSError,
+        ValidationError, ModuleNotFoundError, OSError,
     )  # fmt: skip
 
 
@@ -51,8 +50,17 @@ def _line(error: BaseException) -> str:
     """An error and its notes in one line."""
     text = str(error) or type(error).__name__
     if isinstance(error, ModuleNotFoundError):
-        text += "; pip install 'lineate[timm,cli]'"
+        text += "; pip install '.[timm,cli]' in a clone"
+    if _ran_out(error):
+        text = f"out of memory: {text}; try smaller sizes, --set calibration.batch=1, or a smaller calibration.pool"
     return "; ".join(" ".join(part.split()) for part in (text, *getattr(error, "__notes__", ())))
+
+
+def _ran_out(error: BaseException) -> bool:
+    """Whether memory ran out; PyTorch has a class of its own for that on a GPU only."""
+    from torch import OutOfMemoryError
+
+    return isinstance(error, MemoryError | OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 class Commands(TyperGroup):
@@ -66,7 +74,9 @@ class Commands(TyperGroup):
             kept = "; ".join(getattr(stop, "__notes__", ())) or "nothing was written"
             print(f"interrupted: {kept}", file=sys.stderr)
             raise typer.Exit(130) from None
-        except _expected() as error:
+        except Exception as error:
+            if not isinstance(error, _expected()) and not _ran_out(error):
+                raise
             print(f"error: {_line(error)}", file=sys.stderr)
             raise typer.Exit(1) from None
 
@@ -76,6 +86,7 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pret
 _SOURCE = "embedded, timm:NAME, timm:NAME@CHECKPOINT, or a directory saved by lineate"
 SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help=f"The model: {_SOURCE}.")]
 Preset = Annotated[str | None, typer.Option(help="Name of a conversion; `lineate presets` lists them (default: t5).")]
+DemoPreset = Annotated[str | None, typer.Option(help="Name of a conversion; `lineate presets` lists them (default: t5-plus).")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="One field, for example mixer.inner=2layer.")]
 Config = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Conversion and calibration whole; a run.json will do.")]
 Images = Annotated[Path, typer.Option(metavar="DIR", help="Folder of photographs, searched through; no labels.")]
@@ -89,11 +100,11 @@ Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
 
 def _settings(source: str, preset: str | None, config: Path | None, assignments: list[str] | None, seed: int | None) -> Settings:
+    from lineate.checkpoint import read_record
     from lineate.settings import read_settings
 
-    return read_settings(
-        preset_name=preset, config=config, assignments=assignments or (), seed=seed, converted=Path(source).is_dir()
-    )  # fmt: skip
+    converted = read_record(source).conversion if source and Path(source).is_dir() else None
+    return read_settings(preset_name=preset, config=config, assignments=assignments or (), seed=seed, converted=converted)
 
 
 def _plan(settings: Settings, sizes: str | None, image_size: int | None, **rest: Any) -> Plan:
@@ -155,7 +166,7 @@ def linearize(
 
 @app.command()
 def demo(
-    out: Out, source: Annotated[str, typer.Option(help=f"The model: {_SOURCE}.")] = "embedded", preset: Preset = None,
+    out: Out, source: Annotated[str, typer.Option(help=f"The model: {_SOURCE}.")] = "embedded", preset: DemoPreset = None,
     config: Config = None, set_: Set = None, image_size: ImageSize = None, seed: Seed = None, sizes: Sizes = None,
     overwrite: Overwrite = False, device: Device = "cpu",
 ) -> None:  # fmt: skip
@@ -174,10 +185,11 @@ def convert(
     source: SourceArgument, out: Out, preset: Preset = None, config: Config = None, set_: Set = None, seed: Seed = None,
     delta: Annotated[bool, typer.Option("--delta", help="Save the new tensors alone.")] = False, overwrite: Overwrite = False,
 ) -> None:  # fmt: skip
-    """Convert without calibrating, and save."""
+    """Convert without calibrating, and save, with a run.json beside the model."""
     from lineate import convert as convert_model
-    from lineate import save
-    from lineate.checkpoint import check_target
+    from lineate import runs, save
+    from lineate.checkpoint import RUN, check_target
+    from lineate.linearize import describe, tensor_counts
     from lineate.sources import load_source
 
     if Path(source).is_dir():
@@ -189,7 +201,10 @@ def convert(
     loaded = load_source(source)
     assert settings.conversion is not None
     model = convert_model(loaded.model, settings.conversion, interpolated=loaded.interpolated)
-    typer.echo(f"model: {save(model, out, delta=delta, overwrite=overwrite)}")
+    saved = save(model, out, delta=delta, overwrite=overwrite)
+    about = describe(loaded, model, None, preset=settings.preset, seed=settings.conversion.seed)
+    runs.write_json(saved / RUN, about | {"results": {"tensors": tensor_counts(model)}})
+    typer.echo(f"model: {saved}")
 
 
 @app.command()
@@ -197,26 +212,33 @@ def calibrate(
     source: SourceArgument, images: Images, out: Out, preset: Preset = None, config: Config = None, set_: Set = None,
     image_size: ImageSize = None, seed: Seed = None, overwrite: Overwrite = False, device: Device = "cpu",
 ) -> None:  # fmt: skip
-    """Fit a converted model, or SOURCE converted here, to its own softmax attention on all the photographs, and save."""
-    from lineate import save
-    from lineate.checkpoint import check_target
+    """Fit a converted model, or SOURCE converted here, to its own softmax attention, and save, with a run.json beside it."""
+    from lineate import runs, save
+    from lineate.checkpoint import RUN, check_target
     from lineate.images import find_images
-    from lineate.linearize import check_readable, crops, fit, load_pair
-    from lineate.runs import find_device
+    from lineate.linearize import check_readable, crops, describe, fit, load_pair, tensor_counts
 
     settings = _settings(source, preset, config, set_, seed)
     paths = find_images(images)
     check_readable(paths)
     check_target(out.resolve(), overwrite)
-    find_device(device)
+    runs.find_device(device)
+    size = image_size if image_size is not None else settings.image_size
     with screen() as shown:
         shown.say(f"loading {source}")
-        pair = load_pair(source, settings.conversion, image_size=image_size or settings.image_size, device=device)
+        pair = load_pair(source, settings.conversion, image_size=size, device=device)
         pool = crops(pair.source, paths, settings.calibration, settings.calibration.seed)
+        shown.say(f"calibrating on {pool.count} crops of {len(pool.paths)} photographs")
         result = fit(pair.converted, pool, settings.calibration, shown.progress)
         if pool.skipped:
             shown.say(f"skipped {len(pool.skipped)} unreadable: {', '.join(path.name for path in pool.skipped)}")
     saved = save(pair.converted, out, overwrite=overwrite)
+    about = describe(pair.source, pair.converted, settings.calibration, preset=settings.preset, seed=settings.calibration.seed,
+                     image_size=pair.source.image_size)  # fmt: skip
+    skipped = {str(path): reason for path, reason in pool.skipped.items()}
+    results = {"tensors": tensor_counts(pair.converted), "calibration": result.model_dump(mode="json"),
+               "images": {"calibration": len(pool.paths) - len(skipped), "skipped": skipped}}  # fmt: skip
+    runs.write_json(saved / RUN, about | {"results": results})
     table = Table("site", "error before", "after", title=f"Relative error on the crops, {result.seconds:.0f} s")
     for site, error in result.sites.items():
         table.add_row(site, f"{error.before:.3f}", f"{error.after:.3f}")

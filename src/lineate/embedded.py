@@ -63,7 +63,7 @@ def _package_folder(package: str, remedy: str) -> Path:
 
 def photographs(names: tuple[str, ...]) -> list[Path]:
     """Paths of the named photographs inside the installed packages."""
-    return [_package_folder(name.split("/")[0], "pip install 'lineate[demo]'") / name.split("/", 1)[1] for name in names]
+    return [_package_folder(name.split("/")[0], "pip install '.[demo]' in a clone") / name.split("/", 1)[1] for name in names]
 
 
 def onnx_path() -> Path:
@@ -99,7 +99,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         import onnx
         from onnx import numpy_helper
     except ImportError as error:
-        raise EmbeddedModelError("reading the embedded model needs onnx: pip install 'lineate[demo]'") from error
+        raise EmbeddedModelError("reading the embedded model needs onnx: pip install '.[demo]' in a clone") from error
     graph = onnx.load(str(path)).graph
     tensors = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
     for node in graph.node:

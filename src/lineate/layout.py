@@ -1,6 +1,7 @@
 """Which tokens are the image grid, and which stand before or after it.
 
-Convolutions and windows see the grid alone; test-time training and the key norm see every token.
+Convolutions see the grid alone; a window sees the grid around its token and the tokens off the grid too; test-time training
+and the key norm see every token.
 timm puts class, distillation and register tokens before the grid (prefix); diffusers puts text after it (suffix).
 
 Legend: N tokens, h×w grid, so prefix + h·w + suffix = N.

@@ -7,6 +7,7 @@ whatever happens after; RUN/run.json, written near the end, marks a whole run an
 from __future__ import annotations
 
 import copy
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from lineate.sources import Source, load_source
 
 SIZES_PX = (224, 448, 672, 1024)  # timed where nothing else is said, each rounded down to whole patches
 HELD_OUT_EVERY = 5
-HELD_OUT_MOST = 256  # pictures to measure on, when the user did not choose them: each is a forward pass of both models
+HELD_OUT_MOST = 256  # pictures to measure on: each is a forward pass of both models
 DRAWN = 4  # held-out pictures shown
 CROPS_BATCH = 16
 CROP_SCALE, COLOUR_JITTER = (0.08, 1.0), 0.4  # a few photographs must stand for many: docs/calibration.md
@@ -101,9 +102,12 @@ def split(paths: Sequence[Path]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     ordered = sorted(paths)
     if len(ordered) < 2:
         raise ImageError(f"{len(ordered)} picture cannot be both calibrated on and held out; give more, or --held-out")
-    held = ordered[::HELD_OUT_EVERY]
-    spread = held[:: -(-len(held) // HELD_OUT_MOST)]
-    return tuple(path for i, path in enumerate(ordered) if i % HELD_OUT_EVERY), tuple(spread)
+    return tuple(path for i, path in enumerate(ordered) if i % HELD_OUT_EVERY), _spread(ordered[::HELD_OUT_EVERY])
+
+
+def _spread(paths: Sequence[Path]) -> tuple[Path, ...]:
+    """At most `HELD_OUT_MOST` of the paths, evenly spread and in their order."""
+    return tuple(paths[:: -(-len(paths) // HELD_OUT_MOST) or 1])
 
 
 def check_readable(paths: Sequence[Path]) -> None:
@@ -141,8 +145,10 @@ def load_pair(text: str, conversion: Conversion | None, *, image_size: int | Non
 
 
 def crops(source: Source, photographs: Sequence[Path], config: CalibrationConfig, seed: int) -> Crops:
-    """Random crops to calibrate `source` on, as many as the pool holds."""
+    """Random crops to calibrate `source` on, as many as the pool holds; of more photographs than that, `seed` draws as many."""
     size, mean, std = source.image_size, source.mean, source.std
+    if len(photographs) > config.pool:  # the first ones of a sorted list may be all of one kind
+        photographs = [photographs[i] for i in sorted(random.Random(seed).sample(range(len(photographs)), config.pool))]
     return Crops(photographs, size, config.pool, mean=mean, std=std, seed=seed, scale=CROP_SCALE, jitter=COLOUR_JITTER)
 
 
@@ -152,9 +158,13 @@ def fit(model: nn.Module, pool: Crops, config: CalibrationConfig, progress: Prog
 
 
 def read_held_out(source: Source, paths: Sequence[Path]) -> tuple[dict[Path, Tensor], dict[Path, str]]:
-    """Centre crops of the pictures that can be read, by path, and the others with the reason. Raises `ImageError` if none can."""
+    """Centre crops of the pictures that can be read, by path, and the others with the reason. Raises `ImageError` if none can.
+
+    Of many, `HELD_OUT_MOST` evenly spread ones are read at most.
+    """
     images: dict[Path, Tensor] = {}
     skipped: dict[Path, str] = {}
+    paths = _spread(paths)
     for path in paths:
         try:
             images[path] = centre_crop(path, source.image_size, source.mean, source.std)
@@ -192,7 +202,7 @@ def linearize(plan: Plan, *, say: Say = _nothing, progress: Progress = _nothing)
     held_out, skipped = read_held_out(pair.source, plan.held_out)
     with runs.run_folder(plan.out, plan.overwrite):
         pool = crops(pair.source, plan.photographs, plan.calibration, plan.seed)
-        say(f"calibrating {len(record(pair.converted).sites)} sites on {pool.count} crops of {len(plan.photographs)} photographs")
+        say(f"calibrating {len(record(pair.converted).sites)} sites on {pool.count} crops of {len(pool.paths)} photographs")
         with clock("fidelity"):
             before = measure_uncalibrated(pair, list(held_out.values()))
         with clock("calibrate"):
@@ -211,7 +221,7 @@ def linearize(plan: Plan, *, say: Say = _nothing, progress: Progress = _nothing)
             shift = key_shift(pair.original, held_out.values())
             drawn = draw(plan.out, pair, list(held_out))
         results = {
-            "tensors": _tensor_counts(pair.converted),
+            "tensors": tensor_counts(pair.converted),
             "sites": record(pair.converted).sites,
             "calibration": calibration.model_dump(mode="json"),
             "fidelity_before": before.model_dump(mode="json") if before else None,
@@ -219,13 +229,15 @@ def linearize(plan: Plan, *, say: Say = _nothing, progress: Progress = _nothing)
             "cost": costs.model_dump(mode="json"),
             "key_shift": shift,
             "images": {
-                "calibration": min(pool.count, len(plan.photographs) - len(pool.skipped)),
+                "calibration": len(pool.paths) - len(pool.skipped),
                 "held_out": len(held_out),
                 "skipped": {str(path): reason for path, reason in skipped.items()},
             },
         }
         done = {"seconds": clock.read(), "results": results, "pictures": [picture.model_dump() for picture in drawn]}
-        runs.write_json(plan.out / "run.json", _describe(plan, pair, sizes) | done)
+        config = {"image_size": pair.source.image_size, "sizes": [list(size) for size in sizes]}
+        about = describe(pair.source, pair.converted, plan.calibration, preset=plan.preset, seed=plan.seed, **config)
+        runs.write_json(plan.out / "run.json", about | {"command": list(plan.command)} | done)
         return render(plan.out)
 
 
@@ -261,7 +273,7 @@ def analyze(
 ) -> Path:
     """Key shift and implicit attention maps of a source, and of its original if it is converted: `out`/analysis.json.
 
-    Raises as `linearize` does, and then leaves nothing at `out`.
+    Of many pictures, `HELD_OUT_MOST` evenly spread ones are looked at. Raises as `linearize` does, and then leaves nothing at `out`.
     """
     runs.check_folder(out, overwrite, runs.ANALYSIS_PARTS)
     place = runs.find_device(device)
@@ -282,9 +294,11 @@ def analyze(
         runs.write_json(
             out / "analysis.json",
             {
+                "lineate": _version(),
                 "source": source.name,
                 "command": runs.command_line(),
                 "created": runs.now(),
+                "config": {"image_size": source.image_size},
                 "environment": runs.environment(place),
                 "images": {"used": len(images), "skipped": {str(path): reason for path, reason in skipped.items()}},
                 "key_shift": shift,
@@ -294,22 +308,22 @@ def analyze(
     return out / "analysis.json"
 
 
-def _describe(plan: Plan, pair: Pair, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """What it takes to repeat the run."""
+def describe(
+    source: Source, model: nn.Module, calibration: CalibrationConfig | None, *, preset: str | None, seed: int, **config: Any
+) -> dict[str, Any]:
+    """What it takes to repeat what was done to the converted `model`: the head of every run.json; `config` adds to its own."""
+    asked = {"conversion": record(model).conversion.model_dump(mode="json")}
+    if calibration is not None:
+        asked["calibration"] = calibration.model_dump(mode="json")
     return {
         "lineate": _version(),
-        "command": list(plan.command),
+        "command": runs.command_line(),
         "created": runs.now(),
-        "source": pair.source.name,
-        "preset": plan.preset,
-        "seed": plan.seed,
-        "config": {
-            "conversion": record(pair.converted).conversion.model_dump(mode="json"),
-            "calibration": plan.calibration.model_dump(mode="json"),
-            "image_size": pair.source.image_size,
-            "sizes": [list(size) for size in sizes],
-        },
-        "environment": runs.environment(next(pair.original.parameters()).device),
+        "source": source.name,
+        "preset": preset,
+        "seed": seed,
+        "config": asked | config,
+        "environment": runs.environment(next(model.parameters()).device),
     }
 
 
@@ -319,7 +333,8 @@ def _version() -> str:
     return lineate.__version__
 
 
-def _tensor_counts(model: nn.Module) -> dict[str, dict[str, int]]:
+def tensor_counts(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Tensors and parameters of each status in the model's record."""
     done = record(model)
     return {
         status: {"tensors": len(done.names(status)), "parameters": done.count(status)}

@@ -46,23 +46,27 @@ def read_settings(
     config: Path | None = None,
     assignments: Sequence[str] = (),
     seed: int | None = None,
-    converted: bool = False,
+    converted: Conversion | None = None,
 ) -> Settings:
     """The settings that the options say. `seed` is both the conversion's and the calibration's.
 
-    With `converted`, a conversion cannot be said any more, only the calibration. Raises `SettingsError`, or `ConversionError`
-    for an unknown preset.
+    `converted` is the conversion of a source that is converted already: no other can be said, only the calibration. Raises
+    `SettingsError`, or `ConversionError` for an unknown preset.
     """
+    if seed is not None and not 0 <= seed < 2**63:
+        raise SettingsError(f"--seed must be 0 to 2**63 - 1, got {seed}")
     said = _read_config(config) if config else {}
+    if converted is not None and said.get("conversion") is not None and _same(said["conversion"], converted):
+        del said["conversion"]
     pairs = [_parse(text) for text in assignments]
     if preset_name is not None and said.get("conversion") is not None:
         raise SettingsError(f"{config} gives a conversion whole, and --preset {preset_name} another; give one of them")
-    if converted:
+    if converted is not None:
         beyond = [".".join(path) for path, _ in pairs if path[0] != "calibration"]
         if preset_name is not None or said.get("conversion") is not None or beyond:
             what = f"--set {beyond[0]}" if beyond else "--preset" if preset_name is not None else f"the conversion in {config}"
             raise SettingsError(f"the source is converted already, so {what} cannot change it; only calibration.* can be set")
-    chosen = None if converted or said.get("conversion") is not None else preset_name or DEFAULT_PRESET
+    chosen = None if converted is not None or said.get("conversion") is not None else preset_name or DEFAULT_PRESET
     fields = said.get("conversion") if chosen is None else preset(chosen).model_dump(mode="json")
     fields = (fields or {}) | {"calibration": said.get("calibration") or {}}
     for path, value in pairs:
@@ -71,11 +75,19 @@ def read_settings(
     if seed is not None:
         fields["seed"] = calibration["seed"] = seed
     whole = {key: value for key, value in said.items() if key in ("image_size", "sizes")}
-    whole |= {"conversion": None if converted else fields, "calibration": calibration, "preset": chosen}
+    whole |= {"conversion": None if converted is not None else fields, "calibration": calibration, "preset": chosen}
     try:
         return Settings.model_validate(whole)
     except ValidationError as error:
         raise SettingsError("; ".join(_tell(item) for item in error.errors())) from error
+
+
+def _same(said: dict[str, Any], conversion: Conversion) -> bool:
+    """Whether a config says just this conversion, as the run.json of a run on a saved directory does."""
+    try:
+        return Conversion.model_validate(said) == conversion
+    except ValidationError:
+        return False
 
 
 def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:

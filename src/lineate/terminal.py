@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -64,19 +66,17 @@ def show_conversions(conversions: Mapping[str, Conversion]) -> None:
     """A row a conversion: its name and what it is."""
     table = Table("preset", "what it is", show_lines=True)
     for name, conversion in conversions.items():
-        table.add_row(name, _words(conversion))
+        table.add_row(name, escape(_words(conversion)))
     Console(highlight=False).print(table)
 
 
 def _words(conversion: Conversion) -> str:
     """A conversion in words, its fields under the names that --set takes."""
+    from lineate.mixers import MIXERS
+
     mixer = conversion.mixer.model_dump()
-    name = {
-        "softmax": "the host's own attention, bit-identical",
-        "ttt": "one inner gradient step, test-time training",
-        "linear": "linear attention, φ = elu + 1",
-        "projqk": "linear attention with learned maps of q and k",
-    }[mixer.pop("name")]
+    kind = mixer.pop("name")
+    name = (inspect.getdoc(MIXERS[kind]) or kind).partition("\n")[0]
     fields = {f"mixer.{key}": value for key, value in mixer.items()}
     fields |= {"key_norm": conversion.key_norm, "locality": conversion.locality}
     if conversion.neighborhood is not None:
