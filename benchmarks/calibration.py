@@ -42,6 +42,7 @@ def measure(settings: Settings, seed: int) -> dict[str, Any]:
 
 def run(presets: list[str], assignments: list[str], seeds: list[int], out: Path) -> None:
     """Every row that `out` lacks; the file is rewritten after each."""
+    environment = runs.environment(torch.device("cpu"))  # of the code that is loaded now, whatever is committed meanwhile
     for preset, seed in product(presets, seeds):
         settings = read_settings(preset_name=preset, assignments=assignments, seed=seed)
         key = {"preset": preset, "set": assignments, "seed": seed}
@@ -49,7 +50,7 @@ def run(presets: list[str], assignments: list[str], seeds: list[int], out: Path)
             continue
         results = measure(settings, seed)
         row = key | {"calibration": settings.calibration.model_dump(mode="json")} | {"results": results}
-        runs.write_json(out, [*_read(out), row | {"environment": runs.environment(torch.device("cpu"))}])
+        runs.write_json(out, [*_read(out), row | {"environment": environment}])
         print(preset, *assignments, f"seed {seed}:", f"patch {results['after']['patch_cosine']:.3f}", flush=True)
 
 
