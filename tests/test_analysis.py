@@ -127,6 +127,7 @@ def test_outside_its_window_a_neighborhood_branch_halves_the_softmax_score() -> 
     half = Conversion(mixer=SoftmaxConfig(), key_norm="none", locality="none", neighborhood=Neighborhood(window=3), sites=(SITE,))
     mixed = implicit_attention(convert(model, half), image, SITE, 1)
     inside = torch.zeros(TOKENS, dtype=torch.bool)
+    inside[0] = True  # every window sees the class token
     inside[1:].view(4, 4)[:3, :3] = True  # query 1 is the grid's corner
     assert torch.allclose(mixed[:, ~inside], whole[:, ~inside] / 2, atol=1e-6)
     assert (mixed[:, inside] > whole[:, inside] / 2).all()
