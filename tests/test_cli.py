@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -430,12 +431,17 @@ def test_a_real_interrupt_in_the_middle_of_calibration(tmp_path: Path, weights: 
     out = tmp_path / "run"
     command = [sys.executable, "-m", "lineate", "linearize", weights, "--images", images, "--out", out, *ONE_SITE,
                "--set", "calibration.steps=1000000", "--set", "calibration.pool=4", "--image-size", "32"]  # fmt: skip
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while not out.exists() and process.poll() is None:
-        time.sleep(0.05)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests run in the background inherit a SIGINT that is ignored
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(list(map(str, command)), preexec_fn=heed, **pipes) as process:
+        while not out.exists() and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        try:
+            _, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130 and stderr.splitlines()[-1] == "interrupted: nothing was written", stderr
     assert not out.exists() and {path.name for path in tmp_path.iterdir()} == {"images"}
 
