@@ -67,7 +67,7 @@ def normalise_keys(k: Float[Tensor, "B H N D"], kind: KeyNorm, eps: float) -> Fl
         return k
     x = wide(k)
     axis = -1 if kind in ("layer", "rms") else -2
-    # Mean and mean square in two passes: exact as a two-pass variance is, and three times faster than var_mean on a CPU.
+    # Mean and mean square in two passes: exact as a two-pass variance is, and cheaper than var_mean on a CPU.
     centred = x if kind == "rms" else x - x.mean(axis, keepdim=True)
     if kind == "instance-no-std":
         return centred.to(k.dtype)
