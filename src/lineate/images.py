@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import Tensor
@@ -38,19 +38,22 @@ def find_images(folder: str | Path) -> list[Path]:
     return found
 
 
-def open_image(path: str | Path) -> Image:
-    """The picture at `path` as RGB, turned upright. Raises `ImageError` if it cannot be decoded to the end."""
+def open_image(file: str | Path | BinaryIO, *, name: str | None = None, upright: bool = True) -> Image:
+    """The picture in `file` as RGB, turned upright unless told otherwise. Raises `ImageError` if it cannot be decoded to the end.
+
+    Errors call it `name` (default: the path).
+    """
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as stored:
-            image = ImageOps.exif_transpose(stored)
+        with Image.open(file) as stored:
+            image = ImageOps.exif_transpose(stored) if upright else stored
             if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 255 rather than scale them
                 image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ImageError(
-            f"{path} cannot be read as a picture: {str(error).splitlines()[0] if str(error) else error!r}"
+            f"{name or file} cannot be read as a picture: {str(error).splitlines()[0] if str(error) else error!r}"
         ) from error
 
 
