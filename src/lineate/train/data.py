@@ -1,0 +1,158 @@
+"""Labelled pictures as batches for the loop: timm's training transforms, repeated augmentation, and an order of its own.
+
+    order of epoch e   a permutation drawn from (seed, e), each picture `repeats` times in a row, cut to the number of pictures
+    step s             the next batch · accumulate · processes of them; process r takes every processes-th, from the r-th on
+    variant of a picture   drawn from (seed, e, picture, repeat)
+
+What does not fill a last step of an epoch is left out of that epoch. A run that is resumed begins at its step without decoding
+what came before. Source of repeated augmentation: Hoffer et al., arXiv 1901.09335, as DeiT's sampler has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import RandomCrop, Resize
+
+from lineate.data import LabelledImages
+from lineate.train import TrainError
+from lineate.train.config import Augment, TrainConfig
+from lineate.train.randomness import ORDER, SAMPLE, derive, seed_all
+
+PAD_PX = 4
+
+
+class Batches(Protocol):
+    """What the loop learns from: a fixed sequence of batches, of which it can take any part."""
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to be resumed, as JSON."""
+
+    def steps(self, processes: int) -> int:
+        """Optimiser steps an epoch."""
+
+    def stream(self, start: int, stop: int, process: int, processes: int) -> Iterator[Any]:
+        """The batches of one process for the steps from `start` to `stop`: `config.accumulate` batches a step."""
+
+
+class Key(NamedTuple):
+    """One variant of one picture."""
+
+    epoch: int
+    picture: int
+    repeat: int
+
+
+class Batch(NamedTuple):
+    """Pictures (B, 3, h, w), normalised, and their classes (B,)."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class ImageBatches:
+    """Batches of `data` at `size` px for a model with this mean and std."""
+
+    def __init__(
+        self, data: LabelledImages, config: TrainConfig, *, size: int, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        self.data, self.config = data, config
+        self.shown = {"size": size, "mean": list(mean), "std": list(std)}
+        self.variants = _Variants(data, train_transform(config.augment, size, mean, std), config.seed)
+
+    def identity(self) -> dict[str, Any]:
+        """Source, split, number and classes of the pictures, and their size."""
+        data = self.data
+        return {"source": data.source, "split": data.split, "pictures": len(data), "classes": list(data.classes)} | self.shown
+
+    def steps(self, processes: int) -> int:
+        """Whole steps an epoch. Raises `TrainError` if there are too few pictures for one."""
+        needed = self.config.batch * self.config.accumulate * processes
+        if len(self.data) < needed:
+            raise TrainError(
+                f"{len(self.data)} pictures do not fill one step of {needed} (batch {self.config.batch} × accumulate "
+                f"{self.config.accumulate} × {processes} processes); choose a smaller batch"
+            )
+        return len(self.data) // needed
+
+    def stream(self, start: int, stop: int, process: int, processes: int) -> Iterator[Batch]:
+        """The batches of one process; one loader reads on through all epochs."""
+        loader = DataLoader(
+            self.variants,
+            batch_sampler=_Order(self, start, stop, process, processes),
+            num_workers=self.config.workers,
+            collate_fn=_collate,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else the loader draws from torch's own
+        )
+        for batch, skipped in loader:
+            self.data.skipped |= skipped
+            yield batch
+
+    def epoch(self, epoch: int) -> list[Key]:
+        """Every variant of an epoch, in order."""
+        count, repeats = len(self.data), self.config.augment.repeats
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(derive(ORDER, self.config.seed, epoch)))
+        return [Key(epoch, int(order[i // repeats]), i % repeats) for i in range(count)]
+
+
+class _Order(Sampler[list[Key]]):
+    """The batches of one process as keys."""
+
+    def __init__(self, batches: ImageBatches, start: int, stop: int, process: int, processes: int) -> None:
+        self.batches, self.start, self.stop, self.process, self.processes = batches, start, stop, process, processes
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        per_epoch, batch = self.batches.steps(self.processes), self.batches.config.batch
+        size = batch * self.batches.config.accumulate * self.processes
+        for epoch in range(self.start // per_epoch, -(-self.stop // per_epoch)):
+            keys = self.batches.epoch(epoch)
+            for step in range(max(self.start, epoch * per_epoch), min(self.stop, (epoch + 1) * per_epoch)):
+                first = step % per_epoch * size
+                mine = keys[first + self.process : first + size : self.processes]
+                yield from (mine[i : i + batch] for i in range(0, len(mine), batch))
+
+
+class _Variants(Dataset[tuple[Tensor, int, dict[str, str]]]):
+    """Pictures by key: which variant of a picture it is depends on the key and the seed alone."""
+
+    def __init__(self, data: LabelledImages, transform: Any, seed: int) -> None:
+        self.data, self.transform, self.seed = data, transform, seed
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int, dict[str, str]]:
+        example = self.data.take(key.picture)
+        seed_all(derive(SAMPLE, self.seed, *key), cuda=False)
+        return self.transform(example.image), example.label, example.skipped
+
+
+def _collate(variants: list[tuple[Tensor, int, dict[str, str]]]) -> tuple[Batch, dict[str, str]]:
+    skipped = {name: reason for _, _, found in variants for name, reason in found.items()}
+    return Batch(torch.stack([image for image, _, _ in variants]), torch.tensor([label for _, label, _ in variants])), skipped
+
+
+def train_transform(augment: Augment, size: int, mean: Sequence[float], std: Sequence[float]) -> Any:
+    """From a PIL picture to a normalised tensor (3, size, size), varied. Raises `TrainError` for an unknown `auto_augment`."""
+    try:
+        made = create_transform(
+            size,
+            is_training=True,
+            scale=augment.scale,
+            hflip=augment.flip,
+            color_jitter=augment.jitter or None,
+            auto_augment=augment.auto_augment,
+            interpolation=augment.interpolation,
+            mean=tuple(mean),
+            std=tuple(std),
+            re_prob=augment.erasing,
+            re_mode="pixel",
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise TrainError(f"augment.auto_augment: timm does not understand {augment.auto_augment!r}: {error}") from error
+    if augment.crop == "pad":
+        made.transforms[:1] = [Resize(size), RandomCrop(size, padding=PAD_PX)]
+    return made

@@ -1,0 +1,362 @@
+"""The one loop that everything learns in: `fit`.
+
+    for each step:   rates of the step -> gradients of its batches, each with its own seed -> clip -> optimiser -> average
+
+How many processes, on which devices, replicated (DDP) or sharded (FSDP2), is accelerate's own business: `accelerate launch` and
+its config file say so, and nothing here does. Exact resume follows from `lineate.train.randomness`: a run that was killed and
+resumed gives bit for bit what one never stopped gives, on the same machine with as many processes, and on a GPU with
+`deterministic`. Training stops at the first loss or gradient that is not finite, before it reaches a weight.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, gather_object, send_to_device
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from lineate.calibrate import Progress
+from lineate.convert import ConversionRecord, core_modules
+from lineate.evaluate import evaluating
+from lineate.mixers.base import Frozen
+from lineate.train import TrainError, checkpoints
+from lineate.train.checkpoints import Epoch, State
+from lineate.train.config import TrainConfig
+from lineate.train.data import Batches
+from lineate.train.objectives import Objective
+from lineate.train.optim import make_optimizer, make_schedule, total_steps
+from lineate.train.protocols import choose, merge, train_mode
+from lineate.train.randomness import STEP, derive, left_alone, seed_all
+
+Evaluate = Callable[[nn.Module], dict[str, float]]
+# Settings that may change between a run and its resumption: they do not reach a weight.
+WITHOUT_EFFECT = {"max_steps", "checkpoint_steps", "keep", "eval_epochs", "log_steps", "tracker", "workers"}
+
+
+class FitResult(Frozen):
+    """What a run did: its history, optimiser steps, images seen by all processes, wall-clock seconds of all its parts.
+
+    `learning` counts the parameters that learned; `finished` is False where `max_steps` came before the schedule's end.
+    """
+
+    history: tuple[Epoch, ...]
+    steps: int
+    images: int
+    seconds: float
+    learning: int
+    finished: bool
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run: the model as it is and as accelerate wrapped it, what steps it, and how long it goes."""
+
+    accelerator: Accelerator
+    model: nn.Module
+    wrapped: nn.Module
+    optimizer: Any
+    schedule: Any
+    average: ModelEmaV3 | None
+    objective: Objective
+    config: TrainConfig
+    out: Path
+    identity: dict[str, Any]
+    evaluate: Evaluate | None
+    global_batch: int
+    per_epoch: int
+    total: int
+    stop: int
+
+
+def _nothing(*_: object) -> None:
+    """Neither say nor show anything."""
+
+
+def fit(
+    model: nn.Module,
+    batches: Batches,
+    objective: Objective,
+    config: TrainConfig,
+    out: Path,
+    *,
+    evaluate: Evaluate | None = None,
+    resume: bool = False,
+    about: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = _nothing,
+    progress: Progress = _nothing,
+) -> FitResult:
+    """Train `model` in place, on the kind of device that it is on; it ends there in eval mode with the weights to keep.
+
+    Those are the averaged ones with `config.ema`, and LoRA's updates are merged. Writes `out`/checkpoints, `out`/history.jsonl
+    and the tracker's files in `out`/logs. With `resume` it goes on from the newest whole checkpoint there, or begins.
+    `evaluate(model)` gives metrics for the history, on every process. `about` is what else must be the same for a run to be
+    resumed, as JSON. `say` and `progress(done, total, what)` are called by the main process alone.
+    Raises `TrainError`; a note on it, or on a KeyboardInterrupt, says which checkpoint was kept. The model is then unfinished.
+    """
+    accelerator = _accelerator(model, config, out)
+    if not accelerator.is_main_process:
+        say = progress = _nothing
+    if checkpoints.newest(out) is not None and not resume:
+        raise TrainError(f"{checkpoints.folder(out)} holds a run's checkpoints; resume it, or choose another folder")
+    with left_alone(), _deterministic(config), _noting(out):
+        run = _prepare(accelerator, model, batches, objective, config, out, evaluate, about)
+        learning = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+        state = checkpoints.resume(accelerator, out, run.identity, say) if resume else State()
+        state = _train(run, batches, state, say, progress)
+        _finish(run, model)
+    return FitResult(
+        history=state.history,
+        steps=state.step,
+        images=state.step * run.global_batch,
+        seconds=state.seconds,
+        learning=learning,
+        finished=state.step >= run.total,
+    )
+
+
+def _train(run: _Run, batches: Batches, state: State, say: Callable[[str], None], progress: Progress) -> State:
+    """All steps from `state` on; the state at the end."""
+    accelerator, config, first, before = run.accelerator, run.config, state.step, state.seconds
+    began = time.perf_counter()
+    stream = batches.stream(first, run.stop, accelerator.process_index, accelerator.num_processes)
+    train_mode(run.model, config.protocol)
+    for done in range(first + 1, run.stop + 1):
+        run.schedule.step_update(done - 1)
+        losses = _step(run, list(islice(stream, config.accumulate)), done)
+        if run.average is not None:
+            run.average.update(run.model, done)
+        elapsed = time.perf_counter() - began
+        speed = (done - first) * run.global_batch / elapsed
+        state = state.after_step(losses, before + elapsed)
+        progress(done, run.stop, f"epoch {_epoch(run, done)}, loss {losses['loss']:.4g}, {speed:.0f} images/s")
+        if done % config.log_steps == 0:
+            accelerator.log(losses | {"lr": _rate(run), "images_per_second": speed}, step=done)
+        ends = done == run.stop or done % run.per_epoch == 0
+        if ends:
+            metrics = _metrics(run, done)
+            accelerator.log(metrics, step=done)
+            state = state.after_epoch(done / run.per_epoch, done * run.global_batch, _rate(run), metrics)
+            left = timedelta(seconds=round((time.perf_counter() - began) / (done - first) * (run.stop - done)))
+            say(f"epoch {_epoch(run, done)}: {state.history[-1].figures()}; {speed:.0f} images/s, {left} left")
+        if done == run.stop or (ends if config.checkpoint_steps is None else done % config.checkpoint_steps == 0):
+            state = state.model_copy(update={"seconds": before + time.perf_counter() - began})
+            checkpoints.save(accelerator, run.out, state, run.identity, config.keep)
+    return state
+
+
+def _step(run: _Run, micro: Sequence[Any], number: int) -> dict[str, float]:
+    """One optimiser step on a process's batches; the objective's terms, mean over batches and processes.
+
+    Raises `TrainError` before a weight is touched if the loss or a gradient is not finite. With fp16 a gradient may be: the
+    scaler then leaves the step out and scales less.
+    """
+    accelerator = run.accelerator
+    terms: dict[str, list[Tensor]] = {}
+    for index, batch in enumerate(micro):
+        last = index + 1 == len(micro)
+        with nullcontext() if last else accelerator.no_sync(run.wrapped):
+            losses = _ask(run, run.wrapped, batch, number, index)
+            accelerator.backward(losses["loss"] / len(micro))
+        for name, value in losses.items():
+            terms.setdefault(name, []).append(value.detach().float())
+    means = accelerator.reduce(torch.stack([torch.stack(values).mean() for values in terms.values()]), "mean")
+    found = dict(zip(terms, means.tolist(), strict=True))
+    if not math.isfinite(found["loss"]):
+        raise TrainError(f"the loss became {found['loss']} at step {number}; {_first_site(run, micro, number)}")
+    norm = accelerator.clip_grad_norm_(list(run.wrapped.parameters()), run.config.clip_grad or math.inf)
+    if not math.isfinite(float(norm)) and accelerator.scaler is None:
+        raise TrainError(f"a gradient became {float(norm)} at step {number}; {_first_gradient(run.model)}")
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return found
+
+
+def _ask(run: _Run, model: nn.Module, batch: Any, number: int, index: int) -> dict[str, Tensor]:
+    """The objective's terms for one batch, whose every draw follows from step, batch and process."""
+    accelerator = run.accelerator
+    seed_all(derive(STEP, run.config.seed, number, index, accelerator.process_index))
+    with accelerator.autocast():
+        return run.objective(model, send_to_device(batch, accelerator.device, non_blocking=True))
+
+
+@torch.no_grad()
+def _first_site(run: _Run, micro: Sequence[Any], number: int) -> str:
+    """Which core's output left the finite numbers first when this step's batches are shown again."""
+    bad: list[str] = []
+
+    def look(site: str, output: Tensor) -> None:
+        if not bool(torch.isfinite(output).all()):
+            bad.append(site)
+
+    cores = core_modules(run.model)
+    handles = [
+        core.register_forward_hook(lambda module, args, output, site=site: look(site, output)) for site, core in cores.items()
+    ]
+    for index, batch in enumerate(micro):
+        _ask(run, run.model, batch, number, index)
+    for handle in handles:
+        handle.remove()
+    first = next((site for site in gather_object(bad[:1]) if site), None)
+    return f"the first core whose output is not finite: {first}" if first else "the output of every core is finite"
+
+
+def _first_gradient(model: nn.Module) -> str:
+    """The first parameter, in the model's order, whose gradient is not finite."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+            return f"the first of them: {name}"
+    return "their squares are too large to sum"
+
+
+def _metrics(run: _Run, done: int) -> dict[str, float]:
+    """What `evaluate` says of the weights to keep, where it is due."""
+    epochs = run.config.eval_epochs
+    due = done == run.stop or (epochs > 0 and done % (epochs * run.per_epoch) == 0)
+    if run.evaluate is None or not due:
+        return {}
+    model = run.model if run.average is None else run.average.module
+    with evaluating(model), run.accelerator.autocast():
+        return run.evaluate(model)
+
+
+def _epoch(run: _Run, done: int) -> str:
+    return f"{-(-done // run.per_epoch)}/{-(-run.total // run.per_epoch)}"
+
+
+def _rate(run: _Run) -> float:
+    """The learning rate of what was inherited."""
+    return min(float(group["lr"]) / float(group["lr_scale"]) for group in run.optimizer.param_groups)
+
+
+def _accelerator(model: nn.Module, config: TrainConfig, out: Path) -> Accelerator:
+    """accelerate's view of the processes and devices. Raises `TrainError` for what this loop does not do."""
+    device = next(model.parameters()).device.type
+    if device == "cpu" and config.precision == "fp16":
+        raise TrainError("precision: fp16 needs a GPU; choices on a CPU: no, bf16")
+    if config.tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise TrainError("tracker: tensorboard is not installed; choices: none, or pip install '.[train]' in a clone")
+    # Precision and device of an earlier run in this process would stay, and contradict this one's.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=config.precision,
+        dynamo_backend="inductor" if config.compile else None,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=str(out / "logs"),
+    )
+    known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+    if accelerator.distributed_type not in known or (accelerator.distributed_type == known[-1] and not accelerator.is_fsdp2):
+        raise TrainError(f"{accelerator.distributed_type.value} is not supported; choices: one process, DDP, FSDP with version 2")
+    if accelerator.is_fsdp2 and config.ema is not None:
+        raise TrainError("ema: the average of sharded weights is not supported; train without ema, or with DDP")
+    return accelerator
+
+
+def _prepare(
+    accelerator: Accelerator,
+    model: nn.Module,
+    batches: Batches,
+    objective: Objective,
+    config: TrainConfig,
+    out: Path,
+    evaluate: Evaluate | None,
+    about: Mapping[str, Any] | None,
+) -> _Run:
+    """Everything that a run needs, before its first step."""
+    processes, per_epoch = accelerator.num_processes, batches.steps(accelerator.num_processes)
+    global_batch, total = config.batch * config.accumulate * processes, total_steps(config, per_epoch)
+    trained = copy.deepcopy(model) if accelerator.is_fsdp2 else model  # sharding changes a model for good
+    choose(trained, config)
+    identity = _identity(trained, batches, config, processes, about)
+    average = None
+    if config.ema is not None:  # before accelerate wraps `forward`: the copy would call the original's
+        average = ModelEmaV3(trained.to(accelerator.device), decay=config.ema, use_warmup=True)
+        accelerator.register_for_checkpointing(average)
+    optimizer = make_optimizer(trained, config, global_batch)
+    schedule = make_schedule(optimizer, config, global_batch, per_epoch)
+    wrapped, stepper = accelerator.prepare(trained, optimizer)
+    if config.tracker != "none":
+        accelerator.init_trackers("lineate", config={"config": config.model_dump_json()})
+    return _Run(
+        accelerator, trained, wrapped, stepper, schedule, average, objective, config, out, identity, evaluate,
+        global_batch, per_epoch, total, min(total, config.max_steps or total),
+    )  # fmt: skip
+
+
+def _identity(
+    model: nn.Module, batches: Batches, config: TrainConfig, processes: int, about: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What must be the same for a run to be resumed."""
+    done = getattr(model, "lineate_record", None)
+    tensors = "\n".join(f"{name} {tensor.dtype} {tuple(tensor.shape)}" for name, tensor in model.state_dict().items())
+    return {
+        "model": {
+            "class": type(model).__name__,
+            "tensors": hashlib.sha256(tensors.encode()).hexdigest(),
+            "conversion": done.conversion.model_dump(mode="json") if isinstance(done, ConversionRecord) else None,
+        },
+        "data": batches.identity(),
+        "config": config.model_dump(mode="json", exclude=WITHOUT_EFFECT),
+        "processes": processes,
+        "about": dict(about or {}),
+    }
+
+
+def _finish(run: _Run, model: nn.Module) -> None:
+    """Leave the weights to keep in `model`, under its own names, free of everything that training hung on it."""
+    if run.accelerator.is_fsdp2:
+        whole = get_model_state_dict(run.wrapped, options=StateDictOptions(full_state_dict=True))
+        choose(model, run.config)
+        model.load_state_dict(whole)
+    else:
+        run.accelerator.unwrap_model(run.wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
+        vars(model).pop("forward", None)  # accelerate leaves the method on the instance, where a copy would call the original's
+    if run.average is not None:
+        model.load_state_dict(run.average.module.state_dict())
+    merge(model)
+    model.requires_grad_(True).zero_grad()
+    model.eval()
+    for tracker in run.accelerator.trackers:
+        tracker.finish()
+    run.accelerator.free_memory()
+
+
+@contextmanager
+def _deterministic(config: TrainConfig) -> Iterator[None]:
+    """Only algorithms whose results repeat, where the config says so; afterwards as before."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only so
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextmanager
+def _noting(out: Path) -> Iterator[None]:
+    """Adds to whatever ends a run early which checkpoint stays."""
+    try:
+        yield
+    except BaseException as error:
+        kept = checkpoints.newest(out)
+        error.add_note(f"{kept} is kept, and resuming goes on from it" if kept else "no checkpoint had been written")
+        raise
