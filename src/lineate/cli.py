@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from lineate.terminal import Screen, screen, show, show_conversions, show_cost
+from lineate.terminal import Screen, screen, show, show_accuracy, show_conversions, show_cost
 
 if TYPE_CHECKING:
     from lineate.linearize import Plan
@@ -29,6 +29,7 @@ def _expected() -> tuple[type[BaseException], ...]:
     from lineate.calibrate import CalibrationError
     from lineate.checkpoint import CheckpointError
     from lineate.convert import ConversionError
+    from lineate.data import DataError
     from lineate.embedded import EmbeddedModelError
     from lineate.evaluate import EvaluationError
     from lineate.families import UnsupportedModelError
@@ -40,8 +41,8 @@ def _expected() -> tuple[type[BaseException], ...]:
     from lineate.sources import SourceError
 
     return (
-        CalibrationError, CheckpointError, ConversionError, EmbeddedModelError, EvaluationError, ImageError, ReleasedError,
-        ReportError, RunError, SettingsError, SourceError, UnsupportedModelError,
+        CalibrationError, CheckpointError, ConversionError, DataError, EmbeddedModelError, EvaluationError, ImageError,
+        ReleasedError, ReportError, RunError, SettingsError, SourceError, UnsupportedModelError,
         ValidationError, ModuleNotFoundError, OSError,
     )  # fmt: skip
 
@@ -50,7 +51,7 @@ def _line(error: BaseException) -> str:
     """An error and its notes in one line."""
     text = str(error) or type(error).__name__
     if isinstance(error, ModuleNotFoundError):
-        text += "; pip install '.[timm,cli]' in a clone"
+        text += "; pip install '.[timm,train,cli]' in a clone"
     if _ran_out(error):
         text = f"out of memory: {text}; try smaller sizes, --set calibration.batch=1, or a smaller calibration.pool"
     return "; ".join(" ".join(part.split()) for part in (text, *getattr(error, "__notes__", ())))
@@ -92,9 +93,16 @@ Config = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Conversi
 Images = Annotated[Path, typer.Option(metavar="DIR", help="Folder of photographs, searched through; no labels.")]
 HeldOut = Annotated[Path | None, typer.Option(metavar="DIR", help="Photographs to measure on (default: every 5th of --images).")]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write, which must not exist.")]
+OutFile = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the figures there too.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote there.")]
 ImageSize = Annotated[int | None, typer.Option(metavar="PX", help="Side of the pictures (default: the model's own).")]
 Sizes = Annotated[str | None, typer.Option(metavar="PX,...", help="Sizes to time at: 224,448 or 448x672.")]
+_FORMS = "a folder with a sub-folder per class, a folder or file of parquet, hf:NAME or hf:NAME:CONFIG"
+Data = Annotated[str, typer.Option(metavar="DATA", help=f"Labelled images: {_FORMS}.")]
+Split = Annotated[str | None, typer.Option(help="Which part of DATA (default: test, else validation, else the only one).")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that read and decode pictures.")]
+StrictData = Annotated[bool, typer.Option("--strict-data", help="Stop at a picture that cannot be read; default: leave it out.")]
+CropPct = Annotated[float | None, typer.Option(help="Share of the resized picture that is kept (default: the model's own).")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn (default: 0).")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
@@ -105,6 +113,14 @@ def _settings(source: str, preset: str | None, config: Path | None, assignments:
 
     converted = read_record(source).conversion if source and Path(source).is_dir() else None
     return read_settings(preset_name=preset, config=config, assignments=assignments or (), seed=seed, converted=converted)
+
+
+def _check_file(out: Path | None, overwrite: bool) -> None:
+    """Raise `RunError` if something stands at `out` that must not be replaced."""
+    from lineate.runs import RunError
+
+    if out is not None and out.exists() and not (overwrite and out.is_file()):
+        raise RunError(f"{out} exists; pass --overwrite to replace it" if out.is_file() else f"{out} is not a file")
 
 
 def _plan(settings: Settings, sizes: str | None, image_size: int | None, **rest: Any) -> Plan:
@@ -249,8 +265,7 @@ def calibrate(
 @app.command()
 def bench(
     source: SourceArgument, preset: Preset = None, config: Config = None, set_: Set = None, sizes: Sizes = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the figures there too.")] = None,
-    overwrite: Overwrite = False, device: Device = "cpu",
+    out: OutFile = None, overwrite: Overwrite = False, device: Device = "cpu",
 ) -> None:  # fmt: skip
     """Time original and converted model side by side, and count their multiply-adds and memory; no calibration is needed."""
     from lineate import runs
@@ -261,8 +276,7 @@ def bench(
     settings = _settings(source, preset, config, set_, None)
     wanted = parse_sizes(sizes) if sizes is not None else settings.sizes
     place = runs.find_device(device)
-    if out is not None and out.exists() and not (overwrite and out.is_file()):
-        raise runs.RunError(f"{out} exists; pass --overwrite to replace it" if out.is_file() else f"{out} is not a file")
+    _check_file(out, overwrite)
     with screen() as shown:
         pair = load_pair(source, settings.conversion, device=device)
         figures = measure_cost(pair, choose_sizes(pair.original, wanted, pair.source.multiple), shown.progress)
@@ -273,6 +287,58 @@ def bench(
         runs.write_json(out, {"source": pair.source.name, "command": runs.command_line(), "created": runs.now(),
                         "conversion": conversion, "environment": runs.environment(place),
                         "cost": figures.model_dump(mode="json")})  # fmt: skip
+        typer.echo(f"figures: {out}")
+
+
+@app.command()
+def evaluate(
+    source: SourceArgument, data: Data, split: Split = None,
+    against: Annotated[str | None, typer.Option(metavar="SOURCE", help="The original, to compare image by image.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures at a time, in each process.")] = 64, workers: Workers = 0,
+    crop_pct: CropPct = None, image_size: ImageSize = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many pictures, evenly spread over all.")] = None,
+    strict_data: StrictData = False, out: OutFile = None, overwrite: Overwrite = False, device: Device = "cpu",
+) -> None:  # fmt: skip
+    """Top-1 and top-5 accuracy in timm's preprocessing; under `accelerate launch -m` on many GPUs, each image once."""
+    from lineate import runs
+    from lineate.data import check_classes, open_data
+    from lineate.evaluate import top1
+    from lineate.sources import load_source
+
+    _check_file(out, overwrite)
+    place = runs.find_device(device)
+    together = top1.processes(place)
+    first = together is None or together.is_main_process
+    with screen() as shown:
+        models = {name: load_source(name, image_size=image_size) for name in (source, against) if name is not None}
+        prepared = {name: top1.prepare(found, crop_pct=crop_pct) for name, found in models.items()}
+        pictures = open_data(data, split=split, strict=strict_data)
+        for found in models.values():
+            check_classes(pictures, top1.classes(found.model))
+        pictures = pictures if limit is None else pictures.limited(limit)
+        outcomes = {}
+        for name, found in models.items():
+            if first:
+                shown.say(f"evaluating {name} on {len(pictures)} pictures of {data}, split {pictures.split}")
+            outcomes[name] = top1.top_k(
+                found.model.to(place if together is None else together.device), pictures, prepared[name].transform(),
+                batch=batch, workers=workers, accelerator=together, progress=shown.progress if first else None,
+            )  # fmt: skip
+    if not first:
+        return
+    if pictures.skipped:
+        shown.say(f"skipped {len(pictures.skipped)} unreadable: {', '.join(pictures.skipped)}")
+    paired = None if against is None else top1.compare(outcomes[against], outcomes[source])
+    show_accuracy({name: outcome.figures for name, outcome in outcomes.items()}, paired)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        runs.write_json(out, {
+            "source": source, "against": against, "data": data, "split": pictures.split, "limit": limit,
+            "command": runs.command_line(), "created": runs.now(), "environment": runs.environment(place),
+            "preprocessing": {name: found.model_dump(mode="json") for name, found in prepared.items()},
+            "models": {name: outcome.figures.model_dump(mode="json") for name, outcome in outcomes.items()},
+            "paired": None if paired is None else paired.model_dump(mode="json", exclude={"original", "converted"}),
+        })  # fmt: skip
         typer.echo(f"figures: {out}")
 
 

@@ -11,19 +11,20 @@ memory-mapped copy of it in its cache, made once and used again by every later r
 Pictures are decoded when asked for, as RGB and as stored: like timm and torchvision, and unlike `lineate.images`, a camera's
 orientation tag is not applied, so that accuracies compare with theirs. What cannot be decoded is left out or replaced by the
 next good picture, and named in the example itself (`Example.skipped`): a DataLoader's workers cannot tell the main process
-otherwise. Whoever collates examples adds that to `LabelledImages.skipped`, so each bad picture counts once, by its name.
+otherwise. Whoever collates examples passes that to `LabelledImages.note`, so each bad picture counts once, by its name.
 """
 
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from lineate.images import SUFFIXES, ImageError, open_image
 
@@ -54,19 +55,38 @@ class Example(NamedTuple):
     skipped: dict[str, str]
 
 
-class LabelledImages(Dataset[tuple[Any, int]]):
+class _Labelled:
+    """What both kinds of data have: the names of the classes in order of label, and which pictures could not be read."""
+
+    def __init__(self, classes: Sequence[str], source: str, split: str, strict: bool) -> None:
+        self.classes, self.source, self.split, self.strict = tuple(classes), source, split, strict
+        self.skipped: dict[str, str] = {}
+
+    def note(self, skipped: Mapping[str, str]) -> None:
+        """Add to `skipped` what examples from workers say of themselves. Raises `DataError` if they say anything, if strict."""
+        self.skipped |= skipped
+        if self.strict and skipped:
+            raise DataError(next(iter(skipped.values())))
+
+    def _decode(self, stored: Mapping[str, Any], name: str | None) -> tuple[Image | None, dict[str, str]]:
+        image, skipped = _decode(stored, name)
+        if get_worker_info() is None:  # an error in a worker would reach the user as a traceback
+            self.note(skipped)
+        return image, skipped
+
+
+class LabelledImages(_Labelled, Dataset[tuple[Any, int]]):
     """Labelled images in a fixed order; item i is (RGB picture, label). Open with `open_data`.
 
     `classes` are their names in order of label; `labels` is (n,) int64; `skipped` maps each picture found unreadable to the
-    reason: those met in this process, and what a loader adds of `Example.skipped`. It can be pickled, and used in workers.
+    reason: those met in this process, and what was passed to `note`. It can be pickled, and used in workers.
     """
 
     def __init__(
         self, images: Any, labels: Tensor, classes: Sequence[str], *, source: str, split: str, strict: bool = False
     ) -> None:
-        self.images, self.labels, self.classes = images, labels, tuple(classes)
-        self.source, self.split, self.strict = source, split, strict
-        self.skipped: dict[str, str] = {}
+        super().__init__(classes, source, split, strict)
+        self.images, self.labels = images, labels
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -77,15 +97,14 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         return image, label
 
     def read(self, index: int) -> Example:
-        """Exactly picture `index`, or an example without a picture. Raises `DataError` if it cannot be read and it is strict."""
+        """Exactly picture `index`, or an example without a picture; `DataError` then if strict, in workers left to `note`."""
         if not 0 <= index < len(self):
             raise IndexError(f"picture {index} of {len(self)}")
-        image, skipped = _decode(self.images[index]["image"], f"{self.split}[{index}]", self.strict)
-        self.skipped |= skipped
+        image, skipped = self._decode(self.images[index]["image"], f"{self.split}[{index}]")
         return Example(image, int(self.labels[index]), skipped)
 
     def take(self, index: int) -> Example:
-        """Picture `index` or else the next one that can be read. Raises `DataError` if none can, or the first time if strict."""
+        """Picture `index` or else the next one that can be read. Raises `DataError` if none can, and like `read` if strict."""
         skipped: dict[str, str] = {}
         for step in range(len(self)):
             found = self.read((index + step) % len(self) if step else index)
@@ -110,40 +129,41 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         )
 
 
-class StreamedImages(IterableDataset[Example]):
+class StreamedImages(_Labelled, IterableDataset[Example]):
     """Labelled images read one after the other, from a hub without keeping them; a picture that cannot be read has no image.
 
     Workers of a DataLoader share the files of `stream` among them, so the order depends on their number, which must not
     exceed the number of files.
     """
 
-    def __init__(self, stream: Any, classes: Sequence[str], *, source: str, split: str, strict: bool = False) -> None:
-        self.stream, self.classes = stream, tuple(classes)
-        self.source, self.split, self.strict = source, split, strict
+    def __init__(
+        self, stream: Any, classes: Sequence[str], *, source: str, split: str, strict: bool = False, epoch: int = 0
+    ) -> None:
+        super().__init__(classes, source, split, strict)
+        self.stream, self.epoch = stream, epoch
+        stream.set_epoch(epoch)  # every step of `datasets` from stream to stream forgets it
 
     def __iter__(self) -> Iterator[Example]:
-        for position, row in enumerate(self.stream):
-            image, skipped = _decode(row["image"], f"{self.split}[{position}]", self.strict)
+        for row in self.stream:  # a row's position here is no name: every worker has its own
+            image, skipped = self._decode(row["image"], None)
             yield Example(image, _checked(row["label"], len(self.classes), self.source), skipped)
 
     def shuffled(self, seed: int, epoch: int, buffer: int = 10_000) -> StreamedImages:
         """Files in random order, and pictures drawn from a buffer of so many; the same for the same seed, epoch and buffer."""
-        stream = self.stream.shuffle(seed=seed, buffer_size=buffer)
-        stream.set_epoch(epoch)
-        return self._of(stream)
+        return self._of(self.stream.shuffle(seed=seed, buffer_size=buffer), epoch)
 
     def skip(self, count: int) -> StreamedImages:
         """What comes after the first `count` pictures; those are read, not decoded. For one worker."""
-        return self._of(self.stream.skip(count))
+        return self._of(self.stream.skip(count), self.epoch)
 
     def shard(self, rank: int, world: int) -> StreamedImages:
         """The part of process `rank` of `world`: whole files where they divide evenly, else every `world`-th picture."""
         from datasets.distributed import split_dataset_by_node
 
-        return self._of(split_dataset_by_node(self.stream, rank=rank, world_size=world))
+        return self._of(split_dataset_by_node(self.stream, rank=rank, world_size=world), self.epoch)
 
-    def _of(self, stream: Any) -> StreamedImages:
-        return StreamedImages(stream, self.classes, source=self.source, split=self.split, strict=self.strict)
+    def _of(self, stream: Any, epoch: int) -> StreamedImages:
+        return StreamedImages(stream, self.classes, source=self.source, split=self.split, strict=self.strict, epoch=epoch)
 
 
 def open_data(
@@ -349,18 +369,16 @@ def _undecoded(table: Any, image: str, label: str) -> Any:
     return (table.rename_columns(names) if names else table).cast_column("image", Image(decode=False))
 
 
-def _decode(stored: Mapping[str, Any], name: str, strict: bool) -> tuple[Image | None, dict[str, str]]:
-    """The picture, or None and the reason under its path or else `name`."""
+def _decode(stored: Mapping[str, Any], name: str | None) -> tuple[Image | None, dict[str, str]]:
+    """The picture, or None and the reason under the picture's path, else `name`, else its content's checksum."""
     content: bytes | None = stored["bytes"] if stored else None
     path: str | None = stored["path"] if stored else None
-    name = path if content is None and path else name
+    name = path if path and content is None else name or path or f"crc32 {zlib.crc32(content or b''):08x}"
     try:
         if content is None and not path:
             raise ImageError(f"{name} is empty")
         return open_image(io.BytesIO(content) if content is not None else _file(str(path)), name=name, upright=False), {}
     except (ImageError, OSError) as error:
-        if strict:
-            raise DataError(str(error)) from error
         return None, {name: str(error)}
 
 

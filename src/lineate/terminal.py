@@ -17,7 +17,9 @@ from lineate.report import words
 
 if TYPE_CHECKING:
     from lineate.convert import Conversion
+    from lineate.evaluate.top1 import Paired, Top1
     from lineate.report.run import Run
+    from lineate.statistics import Interval
 
 
 class Screen:
@@ -112,3 +114,22 @@ def show_cost(cost: Any) -> None:
         )  # fmt: skip
     Console(highlight=False).print(table)
     typer.echo(words.sentence(cost.crossover_note))
+
+
+def show_accuracy(models: Mapping[str, Top1], paired: Paired | None) -> None:
+    """A row a model: top-1, top-5 and cross-entropy with 95 % intervals; then how two models compare."""
+    images = next(iter(models.values())).images
+    table = Table("model", "top-1 %", "top-5 %", "loss", title=f"{words.counted(images, 'image')}, 95 % intervals")
+    for name, figures in models.items():
+        table.add_row(escape(name), _share(figures.top1), _share(figures.top5), f"{figures.loss:.4f}")
+    Console(highlight=False).print(table)
+    if paired is not None:
+        typer.echo(
+            f"Same prediction on {_share(paired.agreement)} %; right in the original only: {paired.only_original}, "
+            f"here only: {paired.only_converted}; McNemar's exact p = {paired.p:.3g}"
+        )
+
+
+def _share(share: Interval | None) -> str:
+    """A share of one and its interval, in per cent."""
+    return "–" if share is None else f"{100 * share.value:.2f} ({100 * share.low:.2f} to {100 * share.high:.2f})"

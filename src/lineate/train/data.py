@@ -91,7 +91,7 @@ class ImageBatches:
             generator=torch.Generator(),  # else the loader draws from torch's own
         )
         for batch, skipped in loader:
-            self.data.skipped |= skipped
+            self.data.note(skipped)
             yield batch
 
     def epoch(self, epoch: int) -> list[Key]:
