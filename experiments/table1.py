@@ -1,7 +1,7 @@
 """Table 1: how much of softmax's accuracy each linear-time operator recovers, everything inherited, no locality yet.
 
     python experiments/table1.py --scale small --data ../shared/data/cifar10
-    python experiments/table1.py --scale full        prints the commands at the paper's size: ImageNet, DeiT-T with GAP, 30 epochs a row
+    python experiments/table1.py --scale full      prints the commands at the paper's size: ImageNet, DeiT-T, 30 epochs a row
 
 Freeze trains the new parameters alone, FT everything. At full size a row is 38 million images through a DeiT-T; time and
 score on GPUs are not measured here. All linear-cost rows use the key instance norm.

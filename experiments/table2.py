@@ -1,7 +1,7 @@
 """Table 2: what the keys are normed by, with DWC-QK, everything tuned.
 
 python experiments/table2.py --scale small --data ../shared/data/cifar10
-python experiments/table2.py --scale full        prints the commands at the paper's size: ImageNet, DeiT-T with GAP, 30 epochs a row
+python experiments/table2.py --scale full      prints the commands at the paper's size: ImageNet, DeiT-T, 30 epochs a row
 """
 
 from harness import Row, Run, Table, main

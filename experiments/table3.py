@@ -1,7 +1,7 @@
 """Table 3: where locality comes from, everything tuned.
 
 python experiments/table3.py --scale small --data ../shared/data/cifar10
-python experiments/table3.py --scale full        prints the commands at the paper's size: ImageNet, DeiT-T with GAP, 30 epochs a row
+python experiments/table3.py --scale full      prints the commands at the paper's size: ImageNet, DeiT-T, 30 epochs a row
 """
 
 from harness import Row, Run, Table, main

@@ -1,7 +1,7 @@
 """Table 4: the models: DeiT, T⁵ and T⁵⁺.
 
     python experiments/table4.py --scale small --data ../shared/data/cifar10
-    python experiments/table4.py --scale full        prints the commands at the paper's size: ImageNet, DeiT-T with GAP, 30 epochs a row
+    python experiments/table4.py --scale full      prints the commands at the paper's size: ImageNet, DeiT-T, 30 epochs a row
 
 The paper has two sizes (T, and S: 80.24, 79.00, 79.64); give --host a DeiT-S for the commands of the second. The calibrated
 column is ours: the same tuning, after a calibration without labels.

@@ -1,7 +1,7 @@
 """Table 5: T⁵ against other linear-time attentions at the same budget.
 
 python experiments/table5.py --scale small --data ../shared/data/cifar10
-python experiments/table5.py --scale full        prints the commands at the paper's size: ImageNet, DeiT-T with GAP, 30 epochs a row
+python experiments/table5.py --scale full      prints the commands at the paper's size: ImageNet, DeiT-T, 30 epochs a row
 """
 
 from harness import Row, Run, Table, main
