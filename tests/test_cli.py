@@ -458,3 +458,75 @@ def test_demo_uses_the_embedded_photographs(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_report_of_no_run_is_refused(tmp_path: Path) -> None:
     assert "has no run.json" in refused("report", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of as many classes as the models have, with 7 pictures; the last one is broken."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for number in range(1000):
+        (folder / f"{number:04}").mkdir()
+    draw = torch.Generator().manual_seed(2)
+    for number in range(7):
+        pixels = torch.randint(256, (40, 48, 3), dtype=torch.uint8, generator=draw)
+        Image.frombytes("RGB", (48, 40), bytes(pixels.flatten().tolist())).save(folder / f"{number:04}" / "a.png")
+    (folder / "0006" / "a.png").write_bytes(b"nonsense")
+    return folder
+
+
+def test_evaluate_counts_and_pairs_and_writes_the_figures(tmp_path: Path, weights: str, saved: Path, labelled: Path) -> None:
+    out = tmp_path / "figures" / "top1.json"
+    run_it = ("evaluate", saved, "--data", labelled, "--against", weights, "--image-size", "32", "--batch", "4", "--out", out)
+    result = call(*run_it)
+    assert result.exit_code == 0, result.stderr
+    assert f"evaluating {weights} on 7 pictures" in result.stderr and "skipped 1 unreadable" in result.stderr
+    found = json.loads(out.read_text())
+    ours, theirs = (found["models"][str(name)] for name in (saved, weights))
+    assert ours["images"] == theirs["images"] == 6 and list(ours["skipped"]) == [str(labelled / "0006" / "a.png")]
+    shown = " ".join(result.stdout.split())
+    assert "6 images, 95 % intervals" in shown and f"{ours['loss']:.4f}" in shown and f"{theirs['loss']:.4f}" in shown
+    assert ours["loss"] != theirs["loss"] and 0 <= found["paired"]["agreement"]["value"] <= 1
+    assert (found["split"], found["data"], found["command"][0]) == ("train", str(labelled), "lineate")
+    assert found["preprocessing"][weights]["image_size"] == 32 and found["environment"]["versions"]["torch"]
+
+    assert "exists; pass --overwrite" in refused(*run_it)
+    done(*run_it[:4], "--image-size", "32", "--limit", "2", "--crop-pct", "0.5", "--out", out, "--overwrite")
+    found = json.loads(out.read_text())
+    assert found["models"][str(saved)]["images"] == 2 and found["paired"] is found["against"] is None
+    assert found["preprocessing"][str(saved)]["crop_pct"] == 0.5
+
+
+def test_evaluate_refuses_what_it_cannot_measure_before_it_begins(
+    tmp_path: Path, weights: str, labelled: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lineate.evaluate.top1.top_k", None)
+    few = tmp_path / "few"
+    for name in ("ant", "bee"):
+        shutil.copytree(images, few / name)
+    assert "has 2 classes (ant, bee), and the model has 1000 classes" in refused("evaluate", weights, "--data", few)
+    assert "is not there; expected a folder with" in refused("evaluate", weights, "--data", tmp_path / "nowhere")
+    assert "no split 'test'; choices: train" in refused("evaluate", weights, "--data", labelled, "--split", "test")
+    assert "crop_pct" in refused("evaluate", weights, "--data", labelled, "--crop-pct", "2")
+    assert "embedded has no classifier" in refused("evaluate", "embedded", "--data", tmp_path / "nowhere")
+    assert call("evaluate", weights, "--data", labelled, "--batch", "0").exit_code == 2
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_strict_data_stops_at_a_broken_picture(weights: str, labelled: Path, workers: str) -> None:
+    run_it = ("evaluate", weights, "--data", labelled, "--strict-data", "--image-size", "32", "--workers", workers)
+    assert "0006/a.png cannot be read as a picture" in refused(*run_it)
+
+
+@pytest.mark.slow
+def test_two_processes_count_every_image_once(tmp_path: Path, saved: Path, labelled: Path) -> None:
+    """7 places on 2 processes, gloo: the eighth that this needs counts nothing, and the broken one is told once."""
+    common = ["evaluate", str(saved), "--data", str(labelled), "--image-size", "32", "--batch", "2"]
+    done(*common, "--out", tmp_path / "one.json")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lineate"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*launch, *common, "--out", str(tmp_path / "two.json")]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("6 images, 95 % intervals") == found.stdout.count("figures: ") == 1
+    one, two = (json.loads((tmp_path / name).read_text())["models"][str(saved)] for name in ("one.json", "two.json"))
+    assert one.pop("loss") == pytest.approx(two.pop("loss"), rel=1e-6) and one == two and one["images"] == 6

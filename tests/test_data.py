@@ -24,8 +24,9 @@ NAMES = ("ant", "bee", "cat")
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache of its own for every test, and no progress bars."""
+    """A cache of its own for every test, no progress bars, and no waiting for threads after each pass of a shuffled stream."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     datasets.disable_progress_bars()
     yield tmp_path / "cache"
     datasets.enable_progress_bars()
