@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lineate import CalibrationConfig, Conversion, calibrate, convert
+from lineate import PRESETS, CalibrationConfig, Conversion, calibrate, convert
 from lineate.calibrate import CalibrationError, _Calibration
 from lineate.convert import ConversionError, is_new
 from lineate.core import Neighborhood
@@ -51,6 +51,19 @@ def test_every_site_comes_closer_to_the_host(tiny_vit, name: str) -> None:
     assert list(result.sites) == ["blocks.0.attn", "blocks.1.attn"]
     assert all(error.after < error.before for error in result.sites.values())
     assert result.images == 8 and result.steps == 2 * QUICK.steps
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_with_new_parameters_come_closer_and_the_others_are_left_as_they_are(tiny_vit, name: str) -> None:
+    model = convert(host(tiny_vit), name)
+    before = copy.deepcopy(model.state_dict())
+    result = calibrate(model, pictures(), config=QUICK)
+    if any(is_new(key) for key in before):
+        assert all(error.after < error.before for error in result.sites.values())
+    else:
+        assert all(error.after == error.before for error in result.sites.values())
+        assert result.steps == 0
+        assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
 def test_only_cores_change_and_every_flag_is_restored(tiny_vit) -> None:

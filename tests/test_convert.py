@@ -25,6 +25,7 @@ from lineate.convert import (
     record,
 )
 from lineate.core import CoreAttention, Neighborhood
+from lineate.mixers.linear import LiTConfig
 from lineate.mixers.ttt import TTTConfig
 
 Maker = Callable[..., VisionTransformer]
@@ -97,10 +98,11 @@ def test_the_record_names_every_tensor_once_in_order(name: str, tiny_vit: Maker)
     original = tensors(host)
     done = record(convert(host, name))
     assert [(t.name, t.shape) for t in done.tensors] == [(key, tuple(t.shape)) for key, t in host.state_dict().items()]
-    assert done.names("inherited") == tuple(original)
-    assert done.names("new") == tuple(key for key in host.state_dict() if ".core." in key)
+    redrawn = [key for key in original if PRESETS[name].inherit == "mlp" and fnmatchcase(key, "blocks.*") and ".mlp." not in key]
+    assert done.names("inherited") == tuple(key for key in original if key not in redrawn)
+    assert done.names("new") == tuple(key for key in host.state_dict() if ".core." in key or key in redrawn)
     assert done.count("new") == sum(p.numel() for p in host.parameters()) - done.count("inherited")
-    assert done.count("inherited") == sum(t.numel() for t in original.values())
+    assert done.count("inherited") == sum(t.numel() for key, t in original.items() if key not in redrawn)
     assert done.conversion == PRESETS[name]
     assert done.family == "timm"
     assert done.sites == ("blocks.0.attn", "blocks.1.attn")
@@ -172,6 +174,16 @@ def test_a_glob_without_a_match_is_answered_with_the_sites(tiny_vit: Maker) -> N
     with pytest.raises(ConversionError, match=r"'layer\.\*'; sites: blocks\.0\.attn, blocks\.1\.attn"):
         convert(model, Conversion(sites=("blocks.0.*", "layer.*")))
     assert repr(model) == before
+
+
+@pytest.mark.parametrize("inherit", ["all", "mlp"])
+def test_heads_that_do_not_divide_the_channels_are_refused_before_anything_changes(inherit: str, tiny_vit: Maker) -> None:
+    model = tiny_vit()
+    before, shown = tensors(model), repr(model)
+    with pytest.raises(ConversionError, match=r"blocks\.0\.attn: lit cannot share 24 channels among 5 heads; choices: 1, 2,"):
+        convert(model, Conversion(mixer=LiTConfig(heads=5), inherit=inherit))
+    assert equal(tensors(model), before) and repr(model) == shown
+    assert not model.patch_embed.proj._forward_hooks
 
 
 def test_a_converted_model_is_not_converted_again(tiny_vit: Maker) -> None:

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from lineate import PRESETS, CalibrationConfig, calibrate, convert
+from lineate.ops import neighborhood
+from lineate.ops.neighborhood import neighborhood_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -41,3 +43,20 @@ def test_half_precision_is_close_to_full(tiny_vit) -> None:
         half = model(picture)
     with torch.no_grad():
         torch.testing.assert_close(half.float(), model(picture), atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize(("first", "outside"), [(0, 0), (1, 1), (2, 5)])
+def test_natten_equals_the_eager_reference_in_output_and_gradients(
+    first: int, outside: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if neighborhood._natten() is None:
+        pytest.skip("NATTEN with its kernels is not installed")
+    leaves = [torch.randn(2, 3, 9 * 12 + outside, 32, device="cuda", requires_grad=True) for _ in range(3)]
+    found = []
+    for _ in range(2):  # by NATTEN, then eager
+        q = leaves[0][:, :, first : first + 108]
+        out = neighborhood_attention(q, *leaves[1:], 9, 12, 5, first)
+        found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        monkeypatch.setattr(neighborhood, "_natten", lambda: None)
+    for fused, eager in zip(*found, strict=True):
+        torch.testing.assert_close(fused, eager, atol=5e-3, rtol=5e-3)

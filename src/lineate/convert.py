@@ -18,7 +18,8 @@ from torch import nn
 from lineate.core import CoreAttention, CoreConfig, Neighborhood
 from lineate.families import AttentionSite, Family, UnsupportedModelError, detect
 from lineate.mixers.base import Frozen
-from lineate.mixers.linear import LinearConfig, ProjQKConfig
+from lineate.mixers.linear import HedgehogConfig, LinearConfig, LiTConfig, ProjQKConfig
+from lineate.mixers.local import CLEARConfig, NeighborhoodConfig
 from lineate.mixers.softmax import SoftmaxConfig
 from lineate.mixers.ttt import TTTConfig
 
@@ -71,13 +72,26 @@ class ConversionRecord(Frozen):
         return sum(torch.Size(t.shape).numel() for t in self.tensors if t.status == status)
 
 
+_PAPER = Conversion(mixer=TTTConfig(start_std=0.02), key_norm="instance", key_norm_eps=1.0, locality="dwc-qk")
+
+# What a name stands for in the paper is written out, so that it stays when defaults move; names of other papers' operators
+# are the rows of its Tables 1 and 5.
 PRESETS: dict[str, Conversion] = {
     "softmax": Conversion(mixer=SoftmaxConfig(), key_norm="none", locality="none"),
     "t5": Conversion(),
     "t5-plus": Conversion(neighborhood=Neighborhood(window=5, mix="learned")),
+    "t5-1layer-gate": Conversion(mixer=TTTConfig(inner="1layer-gate")),
     "t5-2layer": Conversion(mixer=TTTConfig(inner="2layer", loss="l2")),
+    "t5-3layer": Conversion(mixer=TTTConfig(inner="3layer")),
+    "t5-paper": _PAPER,
+    "t5-nat3": _PAPER.model_copy(update={"neighborhood": Neighborhood(window=3, mix="half")}),
+    "t5-plus-paper": _PAPER.model_copy(update={"neighborhood": Neighborhood(window=5, mix="half")}),
     "linear": Conversion(mixer=LinearConfig(), locality="none"),
     "projqk": Conversion(mixer=ProjQKConfig(), locality="none"),
+    "hedgehog": Conversion(mixer=HedgehogConfig(), locality="none"),
+    "lit": Conversion(mixer=LiTConfig(), key_norm="none", locality="none", inherit="mlp"),
+    "clear": Conversion(mixer=CLEARConfig(), key_norm="none", locality="none"),
+    "neighborhood": Conversion(mixer=NeighborhoodConfig(), key_norm="none", locality="none"),
 }
 
 
@@ -130,7 +144,8 @@ def convert(
 
     `conversion` is a preset's name or a `Conversion`. `interpolated` and `dropped` pass on what whoever loaded the weights
     had to change, for the record. Everything is checked before anything is changed.
-    Raises `UnsupportedModelError` (model or site) or `ConversionError` (preset, globs, already converted).
+    Raises `UnsupportedModelError` (model or site) or `ConversionError` (preset, globs, already converted, or a mixer that cannot
+    have the heads of a site).
     """
     if isinstance(conversion, str):
         conversion = preset(conversion)
@@ -139,13 +154,13 @@ def convert(
     family = detect(model)
     family.check(model)
     sites = select_sites(family, model, conversion.sites)
-    host = family.describe(model)
-    tracker = family.track(model)
     with _seeded(model, conversion.seed):
+        cores = [_core(conversion, site) for site in sites]  # before anything is changed: a mixer may refuse a site's heads
+        host = family.describe(model)
+        tracker = family.track(model)
         reset = _redraw(model, sites, conversion.inherit)
-        for site in sites:
+        for site, core in zip(sites, cores, strict=True):
             reference = next(model.get_submodule(site.name).parameters())
-            core = CoreAttention(conversion.core(), site.heads, site.head_dim, site.channels)
             family.install(model, site, core.to(reference.device, reference.dtype), tracker)
     status = {name: "interpolated" for name in interpolated} | {name: "new" for name in reset}
     tensors = tuple(
@@ -156,6 +171,13 @@ def convert(
         conversion=conversion, family=family.name, host=host, sites=tuple(site.name for site in sites), tensors=tensors + dropped
     )
     return model
+
+
+def _core(conversion: Conversion, site: AttentionSite) -> CoreAttention:
+    try:
+        return CoreAttention(conversion.core(), site.heads, site.head_dim, site.channels)
+    except ValueError as error:
+        raise ConversionError(f"{site.name}: {error}") from error
 
 
 @contextmanager

@@ -20,12 +20,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from lineate.layout import TokenLayout
 from lineate.mixers import MIXERS, MixerConfig
 from lineate.mixers.base import Frozen
+from lineate.mixers.local import Window
 from lineate.mixers.ttt import TTTConfig
 from lineate.ops.neighborhood import neighborhood_attention
 from lineate.ops.precision import wide
@@ -37,15 +38,8 @@ Locality = Literal["dwc-qk", "dwc-v", "cpe", "none"]
 class Neighborhood(Frozen):
     """A neighborhood-attention branch: `window` is odd; `mix` is the paper's one half, or a weight learned per head."""
 
-    window: int = 5
+    window: Window = 5
     mix: Literal["half", "learned"] = "half"
-
-    @field_validator("window")
-    @classmethod
-    def _odd(cls, window: int) -> int:
-        if window < 3 or window % 2 == 0:
-            raise ValueError(f"window must be an odd number of at least 3, got {window}")
-        return window
 
 
 class CoreConfig(Frozen):

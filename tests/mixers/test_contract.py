@@ -1,9 +1,11 @@
-"""What every entry of MIXERS must do. A new mixer is tested by being listed there."""
+"""What every entry of MIXERS must do, and the core of every preset. A new one is tested by being listed there."""
 
 from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -11,8 +13,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from lineate.convert import PRESETS
+from lineate.core import CoreAttention
 from lineate.layout import TokenLayout
 from lineate.mixers import MIXERS, MixerConfig, TokenMixer
+from lineate.ops.ttt import INNER, InnerLoss
 
 HEADS, DIM = 3, 8
 LAYOUTS = [
@@ -22,11 +27,24 @@ LAYOUTS = [
     TokenLayout(3, 5, prefix=1),
     TokenLayout(3, 2, prefix=5, suffix=4),
 ]
-every_mixer = pytest.mark.parametrize("name", MIXERS)
+OPTIONS: list[dict[str, object]] = [
+    *({"name": "ttt", "inner": inner, "loss": loss} for inner in INNER for loss in get_args(InnerLoss)),
+    {"name": "hedgehog", "feature": "exp"},
+    {"name": "hedgehog", "per_head": True},
+    {"name": "clear", "radius": 2},
+    {"name": "neighborhood", "window": 3},
+]
+MADE: dict[str, Callable[[], TokenMixer | CoreAttention]] = {
+    **{name: partial(cls, cls.config_type(), HEADS, DIM) for name, cls in MIXERS.items()},
+    **{str(o): partial(MIXERS[o["name"]], MIXERS[o["name"]].config_type(**o), HEADS, DIM) for o in OPTIONS},
+    **{f"preset {name}": partial(CoreAttention, preset.core(), HEADS, DIM) for name, preset in PRESETS.items()},
+}
+every_config = pytest.mark.parametrize("name", MIXERS)
+every_mixer = pytest.mark.parametrize("name", MADE)
 
 
-def make(name: str) -> TokenMixer:
-    return MIXERS[name](MIXERS[name].config_type(), HEADS, DIM)
+def make(name: str) -> TokenMixer | CoreAttention:
+    return MADE[name]()
 
 
 def qkv(layout: TokenLayout, batch: int = 2) -> list[Tensor]:
@@ -40,7 +58,7 @@ def test_every_mixer_has_its_config_in_the_union_under_its_own_name() -> None:
         assert cls.config_type().name == name
 
 
-@every_mixer
+@every_config
 def test_config_is_frozen_and_strict(name: str) -> None:
     config = MIXERS[name].config_type()
     with pytest.raises(ValidationError, match="frozen"):

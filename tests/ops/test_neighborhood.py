@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lineate.ops import neighborhood
 from lineate.ops.neighborhood import neighborhood_attention
 
 # Smaller than the window, one tile exactly, not a multiple of the tile of 8, one row, tall and wide.
@@ -92,3 +95,49 @@ def test_half_precision_stays_half_and_close() -> None:
 def test_a_window_that_is_not_odd_is_refused(window: int) -> None:
     with pytest.raises(ValueError, match=f"positive odd number, got {window}"):
         neighborhood_attention(*qkv(4, 4), 4, 4, window)
+
+
+def na2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+) -> Tensor:
+    """NATTEN's interface (0.20 to 0.21) as its documentation has it: (B, h, w, H, D), heads last; additional (B, M, H, D)."""
+    batch, height, width, heads, dim = query.shape
+    flat = [x.flatten(1, 2).transpose(1, 2) for x in (query, key, value)]
+    assert key.shape == value.shape == query.shape
+    if additional_keys is not None and additional_values is not None:
+        flat[1:] = [
+            torch.cat((x, y.transpose(1, 2)), dim=2) for x, y in zip(flat[1:], (additional_keys, additional_values), strict=True)
+        ]
+    out = neighborhood_attention(*flat, height, width, kernel_size)
+    return out.transpose(1, 2).reshape(batch, height, width, heads, dim)
+
+
+@pytest.mark.parametrize(("first", "outside"), [(0, 0), (2, 2), (0, 3), (1, 4)])
+def test_natten_is_asked_for_the_same_attention(first: int, outside: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(2, 3, 5 * 6 + outside, 8, dtype=torch.float64) for _ in range(3))
+    q = q[:, :, first : first + 30]
+    expected = neighborhood_attention(q, k, v, 5, 6, 3, first)
+    monkeypatch.setattr(neighborhood, "_natten", lambda: SimpleNamespace(na2d=na2d))
+    torch.testing.assert_close(neighborhood._by_natten(q, k, v, 5, 6, 3, first), expected)
+
+
+class _OnCuda(SimpleNamespace):
+    """As much of a tensor as the choice looks at."""
+
+
+def test_natten_runs_only_what_it_takes(monkeypatch: pytest.MonkeyPatch, unchecked_shapes: None) -> None:
+    monkeypatch.setattr(neighborhood, "Tensor", _OnCuda)
+    monkeypatch.setattr(neighborhood, "_natten", object)
+    good = {"is_cuda": True, "dtype": torch.bfloat16, "shape": torch.Size((1, 1, 30, 64))}
+    assert neighborhood._fused(_OnCuda(**good), 5, 6, 5)
+    for change in ({"is_cuda": False}, {"dtype": torch.float64}, {"shape": torch.Size((1, 1, 30, 12))}):
+        assert not neighborhood._fused(_OnCuda(**good | change), 5, 6, 5)
+    assert not neighborhood._fused(_OnCuda(**good), 5, 6, 1)
+    assert not neighborhood._fused(_OnCuda(**good), 5, 6, 7)
+    monkeypatch.setattr(neighborhood, "_natten", lambda: None)
+    assert not neighborhood._fused(_OnCuda(**good), 5, 6, 5)

@@ -5,9 +5,10 @@ median and interquartile range; CUDA synchronised on both sides of every timing.
 Multiply-adds: a multiply-add counts one (the paper's convention). Matrix products and convolutions count, norms and
 elementwise functions do not. Counted on fake tensors: exact for any size, without memory or arithmetic. Softmax attention is
 counted as its two matrix products (the MATH backend): not every torch counts the fused ones on a CPU.
-Neighborhood attention has two figures: what runs (the eager code's dense tiles, several times more) and what the operator
-itself needs, two products with a full window (and the M tokens off the grid) for each query: 2·N·(w² + M)·C. The paper's NAT
-rows, M = 0, fit twice that.
+Local attention has two figures: what runs (the eager code's dense tiles, several times more; NATTEN's kernels, where they run,
+are counted as those too) and what the operator itself needs, two products of C channels for each pair of a query and a key that
+it sees: in neighborhood attention a full window and the M tokens off the grid, 2·N·(w² + M)·C. The paper's NAT rows, M = 0, fit
+twice that.
 Memory: the peak above what was live before the pass, so activations and temporaries, neither weights nor input. On CUDA the
 allocator's own peak; on a CPU the bytes of all live tensors, a kernel's private scratch not included.
 
@@ -31,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lineate.convert import core_modules
-from lineate.core import CoreAttention
+from lineate.core import CoreAttention, CoreConfig
 from lineate.evaluate import EvaluationError, evaluating
 from lineate.layout import TokenLayout
 from lineate.mixers.base import Frozen
@@ -45,7 +46,7 @@ class CostRow(Frozen):
     """One picture size: pixels, tokens, medians and interquartile ranges in ms over `repeats` timings of each model.
 
     GMACs and peak MiB are for the whole batch. `converted_gmacs` is what runs, `converted_operator_gmacs` what the operator
-    needs: they differ only under neighborhood attention. `speedup` is the original's median over the converted model's.
+    needs: they differ only under local attention. `speedup` is the original's median over the converted model's.
     """
 
     height: int
@@ -88,8 +89,20 @@ def _executed_macs(function: Callable[..., object], *args: Any) -> float:
     return float(counter.get_total_flops()) / 2
 
 
+def _surplus(core: CoreAttention, shape: torch.Size, layout: TokenLayout) -> float:
+    """Multiply-adds that a core's local attention executes beyond what the operator needs; `shape` is (B, H, N, D)."""
+    batch, heads, _, dim = shape
+    surplus, pairs = 0.0, core.mixer.attended(layout)
+    if pairs is not None:
+        q = torch.empty(shape)
+        surplus += _executed_macs(core.mixer, q, q, q, layout) - 2 * batch * heads * dim * pairs
+    if core.config.neighborhood is not None:
+        surplus += _neighborhood_surplus(core.config.neighborhood.window, shape, layout)
+    return surplus
+
+
 def _neighborhood_surplus(window: int, shape: torch.Size, layout: TokenLayout) -> float:
-    """Multiply-adds that neighborhood attention executes beyond the operator's own 2·N·(w² + M)·C; `shape` is (B, H, N, D)."""
+    """As `_surplus`, of a neighborhood branch's windows: beyond 2·N·(w² + M)·C."""
     batch, heads, tokens, dim = shape
     q, k = (torch.empty(batch, heads, n, dim) for n in (layout.grid_tokens, tokens))
     seen = min(window, layout.height) * min(window, layout.width) + tokens - layout.grid_tokens
@@ -99,21 +112,20 @@ def _neighborhood_surplus(window: int, shape: torch.Size, layout: TokenLayout) -
 
 def _count(model: nn.Module, *args: Any) -> tuple[float, float]:
     """GMACs of one forward pass: what is executed, and what the operator needs."""
-    calls: list[tuple[int, torch.Size, TokenLayout]] = []
+    calls: dict[tuple[CoreConfig, torch.Size, TokenLayout], list[CoreAttention]] = {}
 
     def note(core: CoreAttention, inputs: tuple[Any, ...]) -> None:
-        assert core.config.neighborhood is not None
-        calls.append((core.config.neighborhood.window, inputs[0].shape, inputs[3]))
+        calls.setdefault((core.config, inputs[0].shape, inputs[3]), []).append(core)
 
-    cores = [core for core in core_modules(model).values() if core.config.neighborhood is not None]
-    handles = [core.register_forward_pre_hook(note) for core in cores]
+    handles = [core.register_forward_pre_hook(note) for core in core_modules(model).values()]
     try:
         with evaluating(model):
             executed = _executed_macs(model, *args)
     finally:
         for handle in handles:
             handle.remove()
-    return executed / 1e9, (executed - sum(_neighborhood_surplus(*call) for call in calls)) / 1e9
+    surplus = sum(len(cores) * _surplus(cores[0], shape, layout) for (_, shape, layout), cores in calls.items())
+    return executed / 1e9, (executed - surplus) / 1e9
 
 
 def count_macs(model: nn.Module, *args: Any) -> float:
@@ -122,7 +134,7 @@ def count_macs(model: nn.Module, *args: Any) -> float:
 
 
 def count_operator_macs(model: nn.Module, *args: Any) -> float:
-    """As `count_macs`, with each neighborhood attention at the operator's own 2·N·(w² + M)·C instead of its eager tiles."""
+    """As `count_macs`, with each local attention at what the operator needs instead of its eager tiles."""
     return _count(model, *args)[1]
 
 

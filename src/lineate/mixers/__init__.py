@@ -7,7 +7,8 @@ from typing import Annotated
 from pydantic import Field
 
 from lineate.mixers.base import TokenMixer
-from lineate.mixers.linear import Linear, LinearConfig, ProjQK, ProjQKConfig
+from lineate.mixers.linear import Hedgehog, HedgehogConfig, Linear, LinearConfig, LiT, LiTConfig, ProjQK, ProjQKConfig
+from lineate.mixers.local import CLEAR, CLEARConfig, NeighborhoodAttention, NeighborhoodConfig
 from lineate.mixers.softmax import Softmax, SoftmaxConfig
 from lineate.mixers.ttt import TTT, TTTConfig
 
@@ -16,8 +17,15 @@ MIXERS: dict[str, type[TokenMixer]] = {
     "ttt": TTT,
     "linear": Linear,
     "projqk": ProjQK,
+    "hedgehog": Hedgehog,
+    "lit": LiT,
+    "clear": CLEAR,
+    "neighborhood": NeighborhoodAttention,
 }
 
-MixerConfig = Annotated[SoftmaxConfig | TTTConfig | LinearConfig | ProjQKConfig, Field(discriminator="name")]
+MixerConfig = Annotated[
+    SoftmaxConfig | TTTConfig | LinearConfig | ProjQKConfig | HedgehogConfig | LiTConfig | CLEARConfig | NeighborhoodConfig,
+    Field(discriminator="name"),
+]
 
 __all__ = ["MIXERS", "MixerConfig", "TokenMixer"]

@@ -42,6 +42,10 @@ class TokenMixer(nn.Module):
         """Mix the tokens."""
         raise NotImplementedError
 
+    def attended(self, layout: TokenLayout) -> int | None:
+        """Query-key pairs a head that the operator itself needs, where the code executes more; None where it does not."""
+        return None
+
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"{self.config!r}, heads={self.heads}, head_dim={self.head_dim}"

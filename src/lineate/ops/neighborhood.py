@@ -2,53 +2,61 @@
 
     o_i = softmax(q_i·K_S(i)ᵀ / √D)·V_S(i),   S(i) = rows [a, a + w) × columns [b, b + w),  a = clamp(y - w//2, 0, h - w)
 
-Exact and eager. The grid is cut into tiles of queries; the keys that a tile can see form one small block, so each tile is a
-dense masked attention made of matrix products: a few times more multiplications than w² per query, yet far faster on a CPU
-than w² shifted passes over memory. A grid side shorter than w is one window. Every query has the same number of keys.
+A grid side shorter than w is one window. Every query has the same number of keys. On CUDA, NATTEN's fused kernels (0.20 or newer)
+run it where that library is installed and takes the inputs; else it is exact and eager, in the tiles of `lineate.ops.local`,
+which are the reference.
 Source: Hassani et al., arXiv 2204.07143 (no relative bias).
 
-Legend: B batch, H heads, N = height·width grid tokens, M all tokens, D head dim, T tiles, P queries a tile, S keys a tile.
+Legend: B batch, H heads, N = height·width grid tokens, M all tokens, D head dim.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-_TILE = 8
+from lineate.ops.local import Axis, cut, tiled_attention
 
 
-def _axis(length: int, window: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For one side of the grid: query rows (tiles, TILE), padded by repeating the last; key rows (tiles, S); who sees whom."""
+@cache
+def _natten() -> Any:
+    """The library, or None where it is missing, has no kernels, or is older than 0.20 and says nothing of kernels."""
+    try:
+        natten = import_module("natten")
+    except ImportError:
+        return None
+    return natten if getattr(natten, "HAS_LIBNATTEN", False) else None
+
+
+def _fused(q: Tensor, height: int, width: int, window: int) -> bool:
+    """Whether NATTEN takes these: CUDA, no fp64, D in eights, windows of more than a token within the grid.
+
+    Fake tensors, by which multiply-adds are counted, are of another type and go the eager way, whose products are seen.
+    """
+    known = q.dtype in (torch.float32, torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0
+    return type(q) is Tensor and q.is_cuda and known and 1 < window <= min(height, width) and _natten() is not None
+
+
+def _by_natten(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, window: int, first: int) -> Tensor:
+    """As `neighborhood_attention`, by `natten.na2d`, whose heads come last; keys off the grid are its additional ones."""
+    stop = first + height * width
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grid = [x.unflatten(1, (height, width)) for x in (q, k[:, first:stop], v[:, first:stop])]
+    outside = [torch.cat((x[:, :first], x[:, stop:]), dim=1) if x.shape[1] > stop - first else None for x in (k, v)]
+    out: Tensor = _natten().na2d(*grid, kernel_size=window, additional_keys=outside[0], additional_values=outside[1])
+    return out.flatten(1, 2).transpose(1, 2)
+
+
+def _windows(length: int, window: int, device: torch.device) -> Axis:
     window = min(window, length)
-    block = min(_TILE + window - 1, length)
-    start = torch.arange(0, length, _TILE, device=device)[:, None]
-    rows = (start + torch.arange(_TILE, device=device)).clamp(max=length - 1)
-    keys = (start - window // 2).clamp(0, length - block) + torch.arange(block, device=device)
-    low = (rows - window // 2).clamp(0, length - window)[:, :, None]
-    return rows, keys, (keys[:, None] >= low) & (keys[:, None] < low + window)
-
-
-def _plan(height: int, width: int, window: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Index of queries (T·P,), of keys (T·S,), mask (T, P, S), and where each grid token's answer lies (h·w,)."""
-    qy, ky, my = _axis(height, window, device)
-    qx, kx, mx = _axis(width, window, device)
-    tiles_x = qx.shape[0]
-    query = (qy[:, None, :, None] * width + qx[None, :, None, :]).flatten()
-    key = (ky[:, None, :, None] * width + kx[None, :, None, :]).flatten()
-    mask = (my[:, None, :, None, :, None] & mx[None, :, None, :, None, :]).flatten(0, 1).flatten(1, 2).flatten(2, 3)
-    y, x = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
-    tile = (y // _TILE) * tiles_x + x // _TILE
-    answer = (tile * _TILE * _TILE + (y % _TILE) * _TILE + x % _TILE).flatten()
-    return query, key, mask, answer
-
-
-def _tiles(x: Tensor, index: Tensor, tiles: int) -> Tensor:
-    """(B, H, N, D) -> (B·T, H, P or S, D); tokens are gathered before the heads part, where their rows are long."""
-    batch, heads, _, dim = x.shape
-    return x.transpose(1, 2).index_select(1, index).view(batch * tiles, -1, heads, dim).transpose(1, 2)
+    queries, keys = cut(length, window, device)
+    low = (queries - window // 2).clamp(0, length - window)[:, :, None]
+    return Axis(length, queries, keys, ((keys[:, None] < low) | (keys[:, None] >= low + window)).int())
 
 
 def neighborhood_attention(
@@ -68,18 +76,7 @@ def neighborhood_attention(
     """
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window must be a positive odd number, got {window}")
-    batch, heads, tokens, dim = q.shape
-    total = k.shape[-2]
-    if tokens != height * width or not 0 <= first <= total - tokens:
-        raise ValueError(f"{tokens} queries and {total} keys, the grid from {first} on, do not fit a {height}×{width} grid")
-    query, key, mask, answer = _plan(height, width, window, q.device)
-    tiles, per_tile, _ = mask.shape
-    key = key.view(tiles, -1) + first
-    if total > tokens:
-        outside = torch.cat((torch.arange(first, device=q.device), torch.arange(first + tokens, total, device=q.device)))
-        key = torch.cat((key, outside.expand(tiles, -1)), dim=1)
-        mask = F.pad(mask, (0, total - tokens), value=True)
-    mask = mask.expand(batch, -1, -1, -1).reshape(batch * tiles, 1, per_tile, -1)
-    key = key.flatten()
-    out = F.scaled_dot_product_attention(_tiles(q, query, tiles), _tiles(k, key, tiles), _tiles(v, key, tiles), attn_mask=mask)
-    return out.transpose(1, 2).reshape(batch, tiles * per_tile, heads, dim).index_select(1, answer).transpose(1, 2)
+    if _fused(q, height, width, window) and q.dtype == k.dtype == v.dtype:
+        return _by_natten(q, k, v, height, width, window, first)
+    rows, columns = (_windows(length, window, q.device) for length in (height, width))
+    return tiled_attention(q, k, v, rows, columns, 1, first)
