@@ -26,7 +26,7 @@ import torch
 MODEL = "model/lineate.json"  # there once the model is saved whole
 RUN_PARTS = ("model", "run.json", "pictures", "report.html")
 ANALYSIS_PARTS = ("analysis.json", "pictures")
-VERSIONS = ("torch", "timm", "numpy", "pillow", "pydantic", "safetensors", "matplotlib")
+VERSIONS = ("torch", "timm", "accelerate", "datasets", "numpy", "pillow", "pydantic", "safetensors", "matplotlib")
 
 
 class RunError(ValueError):
