@@ -15,7 +15,7 @@ TABLE = Table(
         Row("Linear", (63.30,), (Run("linear"),)),
         Row("LiT (inherits the MLPs alone)", (69.52,), (Run("lit"),)),
         Row("CLEAR", (68.66,), (Run("clear"),)),
-        Row("Hedgehog, unstabilised", ("NaN",), (Run("hedgehog", ("mixer.stable=false",)),)),
+        Row("Hedgehog, unstabilised", ("NaN",), (Run("hedgehog", ("mixer.feature=exp",)),)),
         Row("Hedgehog, stable", (None,), (Run("hedgehog"),)),
     ),
 )

@@ -1,0 +1,108 @@
+"""docs/results.md: every table and figure of this folder beside the paper's figures, from the committed result files.
+
+python experiments/render.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import small
+import starts
+import table1
+import table2
+import table3
+import table4
+import table5
+import table11
+import tune
+from harness import RESULTS, Table, markdown
+
+OUT = Path(__file__).parents[1] / "docs" / "results.md"
+TABLES = (table1.TABLE, table2.TABLE, table3.TABLE, table4.TABLE, table5.TABLE, table11.TABLE)
+OURS = (tune.TABLE, starts.TABLE)
+
+
+def read(file: Path) -> dict[str, Any] | None:
+    """A result file, or None where there is none yet."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def host() -> Iterator[str]:
+    """What the small scale is."""
+    run = read(small.HOST / "run.json")
+    yield "## The small scale"
+    yield ""
+    shape = "4 blocks, 64 channels, 2 heads of 32, patch 2 on 32×32 px (256 tokens), mean pooling, no class token"
+    yield f"CIFAR-10 (50,000 training, 10,000 test images) and a ViT: {shape}."
+    if run is None:
+        yield "Its softmax baseline: not run."
+        return
+    top1, device = run["final"]["top1"], run["environment"]["device"]
+    yield (
+        f"Its softmax baseline, {run['train']['epochs']:g} epochs, has top-1 {100 * top1['value']:.2f} % "
+        f"(Wilson {100 * top1['low']:.2f} to {100 * top1['high']:.2f}); {run['tuning']['seconds'] / 60:.0f} minutes on {device}. "
+        "Every row is a conversion of this host, tuned for a tenth of its epochs at a tenth of its rate, the new "
+        "parameters at 20 times that. A cell is the mean over seeds ± half of Student's 95 % interval (number of seeds); of one seed, Wilson's."
+    )
+
+
+def table(shown: Table) -> Iterator[str]:
+    """A table with its title and note."""
+    yield f"## {shown.title}"
+    yield ""
+    yield markdown(shown)
+    if shown.note:
+        yield f"\n{shown.note}"
+    yield f"\n`python experiments/{shown.name}.py`"
+
+
+def figures() -> Iterator[str]:
+    """The figures that are there."""
+    if shift := read(RESULTS.parent / "figure3.json"):
+        yield "## Figure 3: key shift"
+        yield ""
+        yield "![key shift by site](pictures/figure3.png)"
+        yield (
+            f"\nMean over sites: {shift['mean']['pretrained']:.2f} pretrained, {shift['mean']['random']:.2f} at random, for the "
+            f"embedded ViT-S/14 on {shift['images']} photographs. The paper, on another host: about 0.5 and 0.07."
+        )
+    if maps := read(RESULTS.parent / "figure4.json"):
+        yield "\n## Figure 4: implicit attention"
+        yield ""
+        yield "![implicit attention of one query](pictures/figure4.png)"
+        yield "\nMean distance in patches between a query and what it draws on; the paper shows maps alone:\n"
+        sites = list(next(iter(maps["mean_distance_patches"].values())))
+        yield f"| | {' | '.join(sites)} |\n| --- |{' --- |' * len(sites)}"
+        for name, found in maps["mean_distance_patches"].items():
+            yield f"| {name} | {' | '.join(f'{found[site]:.2f}' for site in sites)} |"
+    if read(RESULTS.parent / "figure5.json"):
+        yield "\n## Figure 5: multiply-adds against resolution"
+        yield ""
+        yield "![multiply-adds against resolution](pictures/figure5.png)"
+    if tune.PICTURE.is_file():
+        yield "\n## Calibrate, then tune\n\n![top-1 against training images](pictures/tune.png)"
+
+
+def main() -> None:
+    """Write the page."""
+    lines = [
+        "# Results beside the paper's",
+        "",
+        "Written by `python experiments/render.py` from `experiments/results/`. The paper's figures are of ImageNet, 30 epochs, at",
+        "full size; ours are of the small scale: only the order of rows can be compared.",
+        "",
+        *host(),
+    ]
+    for shown in (*TABLES, *OURS):
+        lines += ["", *table(shown)]
+    lines += ["", *figures()]
+    OUT.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(OUT)
+
+
+if __name__ == "__main__":
+    main()

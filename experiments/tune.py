@@ -1,0 +1,69 @@
+"""Calibrate, then tune: how much of the fine-tuning does a calibration without labels save? (Our question, not the paper's.)
+
+    python experiments/tune.py --scale small --data ../shared/data/cifar10
+    python experiments/tune.py --draw             docs/pictures/tune.png from what there is
+
+Accuracy against training images for the paper's T⁵ as it starts and calibrated, under Freeze, LoRA and FT. Every budget is a
+training of its own, whose schedule ends with it; the warm-up is a sixth of it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from harness import Row, Run, Table, accuracy, main, read
+
+EPOCHS = (0.05, 0.1, 0.2, 0.5, 1.0)
+PROTOCOLS = {"freeze": "Freeze", "lora": "LoRA", "ft": "FT"}
+PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "tune.png"
+TRAINING_IMAGES = 50_000
+
+
+def run(epochs: float, protocol: str, calibrated: bool) -> Run:
+    """One budget; the whole one is the common config, so that other tables share the run."""
+    fields = () if epochs == EPOCHS[-1] else (f"train.epochs={epochs:g}", f"train.warmup_epochs={epochs / 6:.4g}")
+    return Run("t5-paper", fields, protocol, calibrated)
+
+
+def columns() -> list[tuple[str, bool]]:
+    """Every protocol, as it starts and calibrated."""
+    return [(protocol, calibrated) for protocol in PROTOCOLS for calibrated in (False, True)]
+
+
+TABLE = Table(
+    "tune",
+    "Calibrate, then tune: top-1 by training images",
+    tuple(f"{PROTOCOLS[protocol]}{', calibrated' if calibrated else ''}" for protocol, calibrated in columns()),
+    tuple(
+        Row(f"{round(epochs * TRAINING_IMAGES):,}", (None,) * 6, tuple(run(epochs, *column) for column in columns()))
+        for epochs in EPOCHS
+    ),
+)
+
+
+def draw() -> None:
+    """A panel a protocol: top-1 against images, as it starts and calibrated, with intervals over seeds."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(PROTOCOLS), figsize=(10, 3.4), sharey=True, layout="constrained")
+    for axis, (protocol, label) in zip(panels, PROTOCOLS.items(), strict=True):
+        for calibrated, colour in ((False, "tab:gray"), (True, "tab:red")):
+            points = [(epochs * TRAINING_IMAGES, accuracy(read(run(epochs, protocol, calibrated)))) for epochs in EPOCHS]
+            found = [(images, interval) for images, interval in points if interval is not None]
+            if found:
+                images, intervals = zip(*found, strict=True)
+                middle = [100 * interval.value for interval in intervals]
+                spread = [[100 * (i.value - i.low) for i in intervals], [100 * (i.high - i.value) for i in intervals]]
+                axis.errorbar(images, middle, spread, marker="o", markersize=4, capsize=3, color=colour,
+                              label="calibrated first" if calibrated else "as the paper starts")  # fmt: skip
+        axis.set(title=label, xscale="log", xlabel="training images")
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("top-1, %")
+    panels[0].legend(frameon=False)
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PICTURE, dpi=150)
+
+
+if __name__ == "__main__":
+    draw() if "--draw" in sys.argv else main(TABLE)
