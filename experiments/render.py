@@ -46,7 +46,8 @@ def host() -> Iterator[str]:
         f"Its softmax baseline, {run['train']['epochs']:g} epochs, has top-1 {100 * top1['value']:.2f} % "
         f"(Wilson {100 * top1['low']:.2f} to {100 * top1['high']:.2f}); {run['tuning']['seconds'] / 60:.0f} minutes on {device}. "
         "Every row is a conversion of this host, tuned for a tenth of its epochs at a tenth of its rate, the new "
-        "parameters at 20 times that. A cell is the mean over seeds ± half of Student's 95 % interval (number of seeds); of one seed, Wilson's."
+        "parameters at 20 times that. A cell is a mean over seeds "
+        "± half of Student's 95 % interval (seeds); of one seed, Wilson's."
     )
 
 
@@ -92,8 +93,8 @@ def main() -> None:
     lines = [
         "# Results beside the paper's",
         "",
-        "Written by `python experiments/render.py` from `experiments/results/`. The paper's figures are of ImageNet, 30 epochs, at",
-        "full size; ours are of the small scale: only the order of rows can be compared.",
+        "Written by `python experiments/render.py` from `experiments/results/`. The paper's figures are of ImageNet, 30 epochs,",
+        "at full size; ours are of the small scale: only the order of rows can be compared.",
         "",
         *host(),
     ]
