@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from lineate.checkpoint import CheckpointError, load, save
 from lineate.convert import (
     PRESETS,
     Conversion,
@@ -140,6 +142,27 @@ def test_interpolated_and_dropped_tensors_are_passed_on(tiny_vit: Maker) -> None
     assert done.count("dropped") == 120
 
 
+def test_a_head_for_other_classes_is_new_to_whoever_reads_the_record(tiny_vit: Maker, tmp_path: Path) -> None:
+    model = tiny_vit()
+    model.reset_classifier(7)
+    done = record(convert(model, "t5", redrawn=("head.weight", "head.bias")))
+    assert [name for name in done.names("new") if not is_new(name)] == ["head.weight", "head.bias"]
+    loaded = load(save(model, tmp_path / "model"))
+    assert record(loaded) == done
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(loaded(x), model(x))
+    with pytest.raises(CheckpointError, match=r"head\.weight, head\.bias drawn anew"):
+        save(model, tmp_path / "delta", delta=True)
+
+
+def test_a_dropped_class_token_is_recorded_beside_what_was_dropped_before(tiny_vit: Maker) -> None:
+    lost = TensorRecord(name="norm_pre.weight", shape=(24,), status="dropped")
+    done = record(convert(tiny_vit(), Conversion(class_token="drop"), dropped=(lost,)))
+    assert done.names("dropped") == ("norm_pre.weight", "cls_token", "pos_embed[:, :1]")
+    assert done.count("dropped") == 3 * 24
+    assert [t.shape for t in done.tensors if t.name == "pos_embed"] == [(1, 16, 24)]
+
+
 @every_preset
 def test_conversion_and_record_survive_json(name: str, tiny_vit: Maker) -> None:
     assert Conversion.model_validate_json(PRESETS[name].model_dump_json()) == PRESETS[name]
@@ -210,6 +233,7 @@ def test_a_model_that_was_not_converted_has_no_record(tiny_vit: Maker) -> None:
         ("locality", "dwc"),
         ("neighborhood", {"window": 4}),
         ("inherit", "none"),
+        ("class_token", "average"),
         ("seed", "many"),
     ],
 )

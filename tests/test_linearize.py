@@ -126,7 +126,7 @@ def test_the_original_of_a_redrawn_model_is_gone(tiny_vit: Callable[..., nn.Modu
     with pytest.raises(ConversionError, match="not converted"):
         original_of(tiny_vit())
     model = lineate.convert(tiny_vit(), Conversion(inherit="attention"))
-    with pytest.raises(CheckpointError, match=r"inherit='attention' drew blocks\.0\.norm1\.weight"):
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.norm1\.weight, .* drawn anew"):
         original_of(model)
 
 

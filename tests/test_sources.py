@@ -141,6 +141,17 @@ def test_names_of_the_original_programs_are_translated(tmp_path: Path) -> None:
     assert torch.equal(source.model.blocks[0].ls1.gamma, torch.full((384,), 0.25)) and source.interpolated == ()
 
 
+def test_names_of_dinov3s_original_program_are_translated(tmp_path: Path) -> None:
+    name = "vit_small_patch16_dinov3"
+    original = timm.create_model(name, dynamic_img_size=True).eval()
+    stored = {key.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): t for key, t in original.state_dict().items()}
+    stored["storage_tokens"] = stored.pop("reg_token")
+    save_file(stored, tmp_path / "model.safetensors")
+    found = load_source(f"timm:{name}@{tmp_path / 'model.safetensors'}")
+    x = torch.randn(1, 3, 48, 80)
+    assert torch.equal(found.model(x), original(x))
+
+
 def test_a_file_that_does_not_fit_is_one_clear_line(tmp_path: Path, tiny: nn.Module) -> None:
     state = tiny.state_dict()
     file = tmp_path / "weights.safetensors"

@@ -142,18 +142,19 @@ def read_record(path: str | Path) -> ConversionRecord:
 def original_of(model: nn.Module) -> nn.Module:
     """The unconverted host of a converted `model`, in eval mode, with the model's own host weights (shared, not copied).
 
+    A class token that the conversion dropped is not there either: it is the host that the cores stand in.
     Raises `ConversionError` if the model is not converted, `CheckpointError` if its host cannot be had again.
     """
     done = record(model)
     if done.host is None:
         raise CheckpointError(f"the original of this {type(model).__name__} cannot be built again from a description")
     if redrawn := [name for name in done.names("new") if not is_new(name)]:
-        raise CheckpointError(f"the original is gone: inherit={done.conversion.inherit!r} drew {_some(redrawn)} anew")
+        raise CheckpointError(f"the original is gone: {_some(redrawn)} drawn anew")
     host = _rebuild(done, "cpu", original=True)
     state = {name: tensor for name, tensor in model.state_dict().items() if not is_new(name)}
     if trouble := disagreement(shapes(host.state_dict()), shapes(state)):
         raise CheckpointError(f"the model was changed after its conversion: {trouble}")
-    host.load_state_dict(state, assign=True)
+    _fill(host, state)
     return host.to(next(model.parameters()).device).eval()
 
 
@@ -230,8 +231,11 @@ def _check_model(model: nn.Module, done: ConversionRecord, delta: bool) -> None:
     if delta:
         if redrawn := [name for name in done.names("new") if not is_new(name)]:
             raise CheckpointError(
-                f"a delta keeps the cores only, but inherit={done.conversion.inherit!r} drew {_some(redrawn)} anew; "
-                "save the whole model (delta=False)"
+                f"a delta keeps the cores only, but {_some(redrawn)} drawn anew; save the whole model (delta=False)"
+            )
+        if done.conversion.class_token == "drop" and done.names("dropped"):
+            raise CheckpointError(
+                "a delta keeps the cores only, but class_token='drop' changed the host; save the whole model (delta=False)"
             )
         expected = _core_shapes(done)
         found = {name: shape for name, shape in shapes(state).items() if is_new(name)}
@@ -356,8 +360,16 @@ def _fill_host(folder: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> 
         raise CheckpointError(f"{folder} does not fit its record: {trouble}")
     if {name for name, _ in model.named_buffers()} - tensors.keys():
         model = _rebuild(manifest.record, "cpu")  # a buffer that is never stored gets its values only where it is built
-    model.load_state_dict(tensors, assign=True)
+    _fill(model, tensors)
     return model
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Make the tensors, with their types, the model's own; buffers that are never stored take the type that the others share."""
+    types = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(types) == 1:
+        model.to(types.pop())
+    model.load_state_dict(tensors, assign=True)
 
 
 def _fill_base(folder: Path, manifest: Manifest, tensors: dict[str, Tensor], base: nn.Module) -> nn.Module:

@@ -34,11 +34,13 @@ class Conversion(CoreConfig):
     """A conversion: the core (`CoreConfig`), its sites (globs over site names), what of the host's weights to keep, a seed.
 
     `inherit` is "all", or "attention" / "mlp" to keep only those of each block and draw the blocks' other weights anew
-    (the paper's Table 10).
+    (the paper's Table 10). With `class_token` "drop" the class token and its position go, and what it answered the mean of the
+    patch tokens answers (the paper's DeiT).
     """
 
     sites: tuple[str, ...] = Field(("*",), min_length=1)
     inherit: Literal["all", "attention", "mlp"] = "all"
+    class_token: Literal["keep", "drop"] = "keep"
     seed: int = Field(0, ge=0, lt=2**63)
 
     def core(self) -> CoreConfig:
@@ -139,11 +141,12 @@ def convert(
     *,
     interpolated: tuple[str, ...] = (),
     dropped: tuple[TensorRecord, ...] = (),
+    redrawn: tuple[str, ...] = (),
 ) -> nn.Module:
     """Replace the attention cores of `model` in place, keeping every pretrained weight, and return the same model.
 
-    `conversion` is a preset's name or a `Conversion`. `interpolated` and `dropped` pass on what whoever loaded the weights
-    had to change, for the record. Everything is checked before anything is changed.
+    `conversion` is a preset's name or a `Conversion`. `interpolated`, `dropped` and `redrawn` (a head for other classes) pass on
+    what whoever loaded the weights had to change, for the record. Everything is checked before anything is changed.
     Raises `UnsupportedModelError` (model or site) or `ConversionError` (preset, globs, already converted, or a mixer that cannot
     have the heads of a site).
     """
@@ -156,13 +159,16 @@ def convert(
     sites = select_sites(family, model, conversion.sites)
     with _seeded(model, conversion.seed):
         cores = [_core(conversion, site) for site in sites]  # before anything is changed: a mixer may refuse a site's heads
+        if conversion.class_token == "drop":
+            gone = family.drop_class_token(model)
+            dropped += tuple(TensorRecord(name=name, shape=shape, status="dropped") for name, shape in gone.items())
         host = family.describe(model)
         tracker = family.track(model)
-        reset = _redraw(model, sites, conversion.inherit)
+        redrawn += _redraw(model, sites, conversion.inherit)
         for site, core in zip(sites, cores, strict=True):
             reference = next(model.get_submodule(site.name).parameters())
             family.install(model, site, core.to(reference.device, reference.dtype), tracker)
-    status = {name: "interpolated" for name in interpolated} | {name: "new" for name in reset}
+    status = {name: "interpolated" for name in interpolated} | {name: "new" for name in redrawn}
     tensors = tuple(
         TensorRecord(name=name, shape=tuple(tensor.shape), status="new" if is_new(name) else status.get(name, "inherited"))
         for name, tensor in model.state_dict().items()

@@ -25,6 +25,7 @@ from lineate.convert import Conversion, convert, record
 from lineate.evaluate import EvaluationError
 from lineate.evaluate.cost import Cost, check_sizes, cost
 from lineate.evaluate.fidelity import Fidelity, fidelity
+from lineate.families import detect
 from lineate.images import Crops, ImageError, centre_crop, open_image
 from lineate.report import render
 from lineate.sources import Source, load_source
@@ -141,7 +142,10 @@ def load_pair(text: str, conversion: Conversion | None, *, image_size: int | Non
     if getattr(source.model, "lineate_record", None) is not None:
         return Pair(source, checkpoint.original_of(source.model), source.model)
     original = copy.deepcopy(source.model)
-    return Pair(source, original, convert(source.model, conversion or Conversion(), interpolated=source.interpolated))
+    converted = convert(source.model, conversion or Conversion(), interpolated=source.interpolated)
+    if record(converted).conversion.class_token == "drop":  # token by token, the cores are compared with what they stand for
+        detect(original).drop_class_token(original)
+    return Pair(source, original, converted)
 
 
 def crops(source: Source, photographs: Sequence[Path], config: CalibrationConfig, seed: int) -> Crops:

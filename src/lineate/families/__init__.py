@@ -39,8 +39,6 @@ def _reason(model: nn.Module) -> str:
                 return f"{name} adds a relative-position bias to its scores, which only softmax attention can honour"
         if hasattr(module, "window_size"):
             return f"{name} attends inside windows, which is linear already"
-    if getattr(model, "rope", None) is not None:
-        return "rope turns its queries and keys by their position, which no core does yet"
     if type(model).__name__ == "NaFlexVit":
         return "embeds packs pictures into padded sequences under an attention mask, which only softmax can honour"
     return f"not a plain vision transformer of a supported library ({', '.join(FAMILIES)})"

@@ -108,6 +108,13 @@ class Family(ABC):
     def install(self, model: nn.Module, site: AttentionSite, core: CoreAttention, tracker: GridTracker) -> None:
         """Replace the attention at `site` by one that keeps its children, names and weights, with `core` in its middle."""
 
+    def drop_class_token(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Drop the class token of an unconverted model, in place, and return what went by name, with its shape.
+
+        A model without one is left as it is: nothing went. Raises `UnsupportedModelError`, before any change, if it cannot go.
+        """
+        raise UnsupportedModelError(f"the class token of {type(model).__name__} cannot be dropped; class_token must be 'keep'")
+
     @abstractmethod
     def describe(self, model: nn.Module) -> dict[str, Any] | None:
         """A JSON description from which `build` makes the unconverted host again, no weights, no network; None if unknown."""

@@ -1,71 +1,39 @@
-"""timm's plain vision transformers: ViT, DeiT (distilled too), DINOv2 with registers, CLIP and SigLIP towers built on them.
+"""timm's plain vision transformers.
 
-Their attention is `timm.layers.Attention` at `blocks.{i}.attn`; tokens are class, distillation and register tokens, then the
-row-major patch grid. The converted attention adopts the host's children under their own names, so that an original
-checkpoint still loads, and calls them as modules, so that LoRA on them works.
+    VisionTransformer   ViT, DeiT (distilled too), DINOv2 with registers, CLIP and SigLIP towers built on them
+    Eva                 EVA, EVA02, DINOv3, Perception Encoder, RoPE-ViT, Sapiens2
 
-Legend: B batch, H heads, N tokens, D head dim, C channels.
+Their attention is at `blocks.{i}.attn`; tokens are class, distillation and register tokens, then the row-major patch grid.
+`timm_attention.py` has what takes its place.
+
+Legend: B batch, N tokens, C channels.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import timm
 import torch
-from timm.layers import Attention, PatchDropout
-from timm.models import VisionTransformer
+from timm.layers import Attention, AttentionRope, PatchDropout, PatchDropoutWithIndices
+from timm.models import Eva, VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
-from torch import Tensor, nn
+from timm.models.eva import EvaAttention
+from torch import nn
 
 from lineate.core import CoreAttention
 from lineate.families.base import AttentionSite, Family, GridTracker, UnsupportedModelError
-
-
-class ConvertedAttention(nn.Module):
-    """timm's attention with its middle replaced: the host's children under their own names, and `core`."""
-
-    qkv: nn.Module
-    q_norm: nn.Module
-    k_norm: nn.Module
-    norm: nn.Module
-    gate: nn.Module | None
-    proj: nn.Module
-    proj_drop: nn.Module
-
-    def __init__(self, host: Attention, core: CoreAttention, tracker: GridTracker) -> None:
-        super().__init__()
-        self.num_heads, self.head_dim = host.num_heads, host.head_dim
-        for name, child in host.named_children():
-            self.add_module(name, child)
-        if not hasattr(self, "gate"):
-            self.gate = None
-        self.core = core
-        self.tracker = tracker
-        self.train(host.training)
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """(B, N, C) -> (B, N, C). Raises `ValueError` on an attention mask, which only softmax could honour."""
-        if attn_mask is not None or is_causal:
-            raise ValueError("a converted attention cannot honour attn_mask or is_causal; call the model without them")
-        batch, tokens, _ = x.shape
-        layout = self.tracker.layout
-        x = self.core.embed(x, layout)
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        out = self.core(self.q_norm(q), self.k_norm(k), v, layout)
-        out = self.norm(out.transpose(1, 2).flatten(2))
-        if self.gate is not None:
-            out = out * self.gate(x).sigmoid()
-        projected: Tensor = self.proj_drop(self.proj(out))
-        return projected
+from lineate.families.timm_attention import CONVERTIBLE, ConvertedAttention, head_dim
 
 
 def _refusal(attention: Any) -> str | None:
     """Why this attention cannot be converted, or None."""
-    if type(attention) is not Attention:
-        return f"its attention is {type(attention).__name__}, not timm.layers.Attention"
+    if type(attention) not in CONVERTIBLE:
+        known = ", ".join(cls.__name__ for cls in CONVERTIBLE)
+        return f"its attention is {type(attention).__name__}, not one of timm's {known}"
     if attention.attn_drop.p > 0:
         rate = attention.attn_drop.p
         return f"it drops attention weights in training (attn_drop={rate}); build the model with attn_drop_rate=0"
@@ -73,17 +41,17 @@ def _refusal(attention: Any) -> str | None:
 
 
 class TimmViT(Family):
-    """`timm.models.VisionTransformer` and its subclasses."""
+    """`timm.models.VisionTransformer` and `Eva`, and their subclasses."""
 
     name = "timm"
 
     def owns(self, model: nn.Module) -> bool:
-        """Whether `model` is a timm VisionTransformer."""
-        return isinstance(model, VisionTransformer)
+        """Whether `model` is a timm VisionTransformer or Eva."""
+        return isinstance(model, VisionTransformer | Eva)
 
     def check(self, model: Any) -> None:
         """Refuse dropped patches and a patch embedding without a convolution: both hide the grid."""
-        if isinstance(model.patch_drop, PatchDropout):
+        if isinstance(model.patch_drop, PatchDropout | PatchDropoutWithIndices):
             raise UnsupportedModelError("patch_drop: dropped patches leave no grid; build the model with patch_drop_rate=0")
         if not isinstance(getattr(model.patch_embed, "proj", None), nn.Conv2d):
             raise UnsupportedModelError(
@@ -102,10 +70,8 @@ class TimmViT(Family):
                     f"blocks.{index}", 0, 0, 0, refusal=f"{type(block).__name__} has no separate attention module"
                 )
             else:
-                head_dim = getattr(attention, "head_dim", 0)
-                yield AttentionSite(
-                    f"blocks.{index}.attn", attention.num_heads, head_dim, model.embed_dim, refusal=_refusal(attention)
-                )
+                name, dim = f"blocks.{index}.attn", head_dim(attention) if type(attention) in CONVERTIBLE else 0
+                yield AttentionSite(name, attention.num_heads, dim, model.embed_dim, refusal=_refusal(attention))
 
     def blocks(self, model: Any) -> list[nn.Module]:
         """`model.blocks`."""
@@ -121,9 +87,32 @@ class TimmViT(Family):
 
     def install(self, model: nn.Module, site: AttentionSite, core: CoreAttention, tracker: GridTracker) -> None:
         """Put a `ConvertedAttention` in the place of the host's."""
-        host = model.get_submodule(site.name)
-        assert isinstance(host, Attention)
-        model.set_submodule(site.name, ConvertedAttention(host, core, tracker))
+        model.set_submodule(site.name, ConvertedAttention(model.get_submodule(site.name), core, tracker))
+
+    def drop_class_token(self, model: Any) -> dict[str, tuple[int, ...]]:
+        """Drop the class token and its position; where it was the answer, the mean of the patch tokens is, after the same norm.
+
+        Registers stay. Raises `UnsupportedModelError` for a distilled model and for pooling whose query is the class token.
+        """
+        if model.cls_token is None:
+            return {}
+        if isinstance(model, VisionTransformerDistilled):
+            raise UnsupportedModelError("head_dist: one head reads the class token, another the distillation token")
+        if model.global_pool == "prr":
+            raise UnsupportedModelError("attn_pool: global_pool='prr' asks with the class token, so it cannot be dropped")
+        dropped = {"cls_token": tuple(model.cls_token.shape)}
+        if model.pos_embed is not None and not model.no_embed_class:
+            position, rest = model.pos_embed.detach().split((1, model.pos_embed.shape[1] - 1), dim=1)
+            dropped["pos_embed[:, :1]"] = tuple(position.shape)
+            model.pos_embed = nn.Parameter(rest.clone(), requires_grad=model.pos_embed.requires_grad)
+        model.cls_token = None
+        model.num_prefix_tokens -= 1
+        for module in model.modules():
+            if isinstance(module, EvaAttention | AttentionRope):
+                module.num_prefix_tokens = model.num_prefix_tokens
+        if model.global_pool == "token":
+            model.global_pool = "avg"
+        return dropped
 
     def describe(self, model: Any) -> dict[str, Any] | None:
         """The arguments that make the same host again, checked by making it without memory and comparing every module."""
@@ -154,8 +143,11 @@ def _settings(model: Any) -> dict[str, Any]:
     """What `forward` depends on that no module's repr shows."""
     names = ("num_classes", "global_pool", "num_prefix_tokens", "no_embed_class", "pool_include_prefix", "dynamic_img_size")
     found = {name: getattr(model, name, None) for name in names}
-    patch = model.patch_embed
-    return found | {f"patch_embed.{name}": getattr(patch, name, None) for name in ("img_size", "patch_size", "dynamic_img_pad")}
+    patch, attention, rope = model.patch_embed, getattr(model.blocks[0], "attn", None), getattr(model, "rope", None)
+    found |= {f"patch_embed.{name}": getattr(patch, name, None) for name in ("img_size", "patch_size", "dynamic_img_pad")}
+    found |= {f"attn.{name}": getattr(attention, name, None) for name in ("rotate_half", "qkv_bias_separate")}
+    angles = {} if rope is None else {name: value for name, value in vars(rope).items() if name[0] != "_" and name != "training"}
+    return found | {f"rope.{name}": value for name, value in angles.items()}
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
@@ -177,7 +169,34 @@ def _descriptions(model: Any) -> Iterator[dict[str, Any]]:
     if config.get("architecture"):
         # The tag goes with it: mean and std of the pictures depend on which pretrained weights of an architecture they were.
         name = ".".join(part for part in (config["architecture"], config.get("tag")) if part)
-        yield {"architecture": name, "arguments": image}
+        asked = _plain(getattr(model, "_model_args", {})) | image
+        for arguments in (image, asked, asked | _pooling(model)):
+            yield {"architecture": name, "arguments": arguments}
+    if isinstance(model, VisionTransformer):
+        yield from _by_hand(model, image)
+
+
+def _pooling(model: Any) -> dict[str, bool]:
+    """The arguments for what is pooled, and for the norms around it, whatever their architecture's default."""
+    before, after = (not isinstance(norm, nn.Identity) for norm in (model.norm, model.fc_norm))
+    tokens = {"class_token": model.cls_token is not None}
+    if isinstance(model, Eva):
+        return tokens | {"use_post_transformer_norm": before, "use_fc_norm": after}
+    return tokens | {"final_norm": before or after, "fc_norm": after}
+
+
+def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those that JSON can hold, as it gives them back; an architecture brings the others itself."""
+    found = {}
+    for name, value in arguments.items():
+        with suppress(TypeError, ValueError):
+            found[name] = json.loads(json.dumps(value))
+    return found
+
+
+def _by_hand(model: Any, image: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The class's own arguments, read off its modules."""
+    patch = model.patch_embed
     block = model.blocks[0]
     attention = getattr(block, "attn", None)
     if not isinstance(attention, Attention):
@@ -193,12 +212,9 @@ def _descriptions(model: Any) -> Iterator[dict[str, Any]]:
         "scale_attn_norm": not isinstance(attention.norm, nn.Identity),
         "proj_bias": attention.proj.bias is not None,
         "init_values": 1e-5 if hasattr(block, "ls1") and not isinstance(block.ls1, nn.Identity) else None,
-        "class_token": model.cls_token is not None,
         "pos_embed": "learn" if model.pos_embed is not None else "none",
         "no_embed_class": model.no_embed_class,
         "reg_tokens": model.num_reg_tokens,
         "pre_norm": not isinstance(model.norm_pre, nn.Identity),
-        "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
-        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
     }
-    yield {"class": type(model).__name__, "arguments": geometry}
+    yield {"class": type(model).__name__, "arguments": geometry | _pooling(model)}
