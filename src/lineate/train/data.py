@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from timm.data import create_transform
+from PIL.Image import Image
+from timm.data import auto_augment, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import RandomCrop, Resize
@@ -153,6 +154,18 @@ def train_transform(augment: Augment, size: int, mean: Sequence[float], std: Seq
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise TrainError(f"augment.auto_augment: timm does not understand {augment.auto_augment!r}: {error}") from error
+    for step in made.transforms:
+        for operation in getattr(step, "ops", ()):
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = _posterize
     if augment.crop == "pad":
         made.transforms[:1] = [Resize(size), RandomCrop(size, padding=PAD_PX)]
     return made
+
+
+def _posterize(image: Image, bits: int, **_: Any) -> Image:
+    """timm's, for no bit at all too: its strongest setting asks for that, and Pillow no longer takes it."""
+    if bits < 1:
+        return image.point(lambda _: 0)
+    found: Image = auto_augment.posterize(image, bits)
+    return found

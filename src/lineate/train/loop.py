@@ -31,6 +31,8 @@ from accelerate.utils import DistributedType, gather_object, send_to_device
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lineate.calibrate import Progress
 from lineate.convert import ConversionRecord, core_modules
@@ -180,9 +182,14 @@ def _step(run: _Run, micro: Sequence[Any], number: int) -> dict[str, float]:
     found = dict(zip(terms, means.tolist(), strict=True))
     if not math.isfinite(found["loss"]):
         raise TrainError(f"the loss became {found['loss']} at step {number}; {_first_site(run, micro, number)}")
-    norm = accelerator.clip_grad_norm_(list(run.wrapped.parameters()), run.config.clip_grad or math.inf)
-    if not math.isfinite(float(norm)) and accelerator.scaler is None:
+    accelerator.unscale_gradients()
+    learning = [parameter for parameter in run.wrapped.parameters() if parameter.grad is not None]
+    norm = get_total_norm([parameter.grad for parameter in learning if parameter.grad is not None])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if not bool(torch.isfinite(norm)) and accelerator.scaler is None:
         raise TrainError(f"a gradient became {float(norm)} at step {number}; {_first_gradient(run.model)}")
+    if run.config.clip_grad is not None:
+        clip_grads_with_norm_(learning, run.config.clip_grad, norm)
     run.optimizer.step()
     run.optimizer.zero_grad()
     return found
@@ -252,8 +259,8 @@ def _accelerator(model: nn.Module, config: TrainConfig, out: Path) -> Accelerato
         raise TrainError("precision: fp16 needs a GPU; choices on a CPU: no, bf16")
     if config.tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise TrainError("tracker: tensorboard is not installed; choices: none, or pip install '.[train]' in a clone")
-    # Precision and device of an earlier run in this process would stay, and contradict this one's.
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    if not torch.distributed.is_initialized():  # precision and device of an earlier run would stay, and contradict this one's
+        AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision=config.precision,
@@ -261,9 +268,12 @@ def _accelerator(model: nn.Module, config: TrainConfig, out: Path) -> Accelerato
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=str(out / "logs"),
     )
-    known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
-    if accelerator.distributed_type not in known or (accelerator.distributed_type == known[-1] and not accelerator.is_fsdp2):
-        raise TrainError(f"{accelerator.distributed_type.value} is not supported; choices: one process, DDP, FSDP with version 2")
+    kind, sharded = accelerator.distributed_type, os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if sharded and kind == DistributedType.MULTI_CPU:
+        raise TrainError("accelerate shards on GPUs only, and would take DDP without a word; launch without FSDP on CPUs")
+    replicated = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if kind not in replicated and not accelerator.is_fsdp2:
+        raise TrainError(f"{kind.value} is not supported; choices: one process, DDP, FSDP with fsdp_version 2")
     if accelerator.is_fsdp2 and config.ema is not None:
         raise TrainError("ema: the average of sharded weights is not supported; train without ema, or with DDP")
     return accelerator
@@ -327,7 +337,8 @@ def _finish(run: _Run, model: nn.Module) -> None:
         model.load_state_dict(whole)
     else:
         run.accelerator.unwrap_model(run.wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
-        vars(model).pop("forward", None)  # accelerate leaves the method on the instance, where a copy would call the original's
+        for left in ("forward", "_is_accelerate_prepared"):  # the method on the instance would be the original's in a copy too
+            vars(model).pop(left, None)
     if run.average is not None:
         model.load_state_dict(run.average.module.state_dict())
     merge(model)

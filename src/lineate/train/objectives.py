@@ -66,7 +66,7 @@ class Labels:
         """Pictures and targets: mixed pictures and (B, K), or those of the batch and (B,)."""
         if self.mixup is None:
             return batch.images, batch.labels
-        images, targets = self.mixup(batch.images, batch.labels)
+        images, targets = self.mixup(batch.images.clone(), batch.labels)  # it mixes in place
         return images, targets
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
