@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from lineate.calibrate import CalibrationConfig, calibrate
 from lineate.checkpoint import CheckpointError, load, original_of, save
 from lineate.convert import Conversion, convert, core_modules, record
+from lineate.core import Locality
 from lineate.families import FAMILIES, UnsupportedModelError, detect, family
 from lineate.mixers.softmax import SoftmaxConfig
 
@@ -233,13 +234,21 @@ def test_a_saved_model_with_rotary_positions_loads_bit_for_bit(tmp_path: Path, n
     assert torch.equal(original_of(loaded)(x), original_of(model)(x))
 
 
-@pytest.mark.parametrize("name", ["eva02", "dinov3"])
-def test_calibration_brings_cores_with_rotary_positions_closer_to_the_host(name: str) -> None:
-    model = convert(make(name), "t5")
-    config = CalibrationConfig(steps=30, batch=2, pool=4)
-    result = calibrate(model, pictures(model, batch=4), config=config)
+@pytest.mark.parametrize("name", ["eva02", "dinov3", "rope-learned-by-block"])
+@pytest.mark.parametrize("locality", ["dwc-qk", "cpe"])
+def test_calibration_under_rotary_positions_starts_at_the_true_error_and_lowers_it(name: str, locality: Locality) -> None:
+    """The first core's error is that of the models' own forward passes: the same positions reach it when it is fitted."""
+    model = make(name)
+    host, converted = convert(copy.deepcopy(model), "softmax"), convert(model, Conversion(locality=locality))
+    x, outputs = pictures(model, batch=4), []
+    for either in (host, converted):
+        either.blocks[0].attn.core.register_forward_hook(lambda module, args, out: outputs.append(out.detach()))
+        either(x)
+    error = (outputs[1] - outputs[0]).norm() / outputs[0].norm()
+    result = calibrate(converted, x, config=CalibrationConfig(steps=30, batch=2, pool=4))
     assert list(result.sites) == ["blocks.0.attn", "blocks.1.attn"]
-    assert all(error.after < error.before for error in result.sites.values())
+    assert result.sites["blocks.0.attn"].before == pytest.approx(float(error), rel=1e-4)
+    assert all(site.after < site.before for site in result.sites.values())
 
 
 @presets
