@@ -29,6 +29,7 @@ from lineate.checkpoint import CheckpointError, load, original_of, save
 from lineate.convert import Conversion, convert, core_modules, record
 from lineate.core import Locality
 from lineate.families import FAMILIES, UnsupportedModelError, detect, family
+from lineate.mixers.linear import LinearConfig
 from lineate.mixers.softmax import SoftmaxConfig
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
@@ -238,8 +239,9 @@ def test_a_saved_model_with_rotary_positions_loads_bit_for_bit(tmp_path: Path, n
 @pytest.mark.parametrize("locality", ["dwc-qk", "cpe"])
 def test_calibration_under_rotary_positions_starts_at_the_true_error_and_lowers_it(name: str, locality: Locality) -> None:
     """The first core's error is that of the models' own forward passes: the same positions reach it when it is fitted."""
-    model = make(name)
-    host, converted = convert(copy.deepcopy(model), "softmax"), convert(model, Conversion(locality=locality))
+    model = perturbed(make(name), 0.3)  # scores far enough from equal for positions to matter
+    conversion = Conversion(mixer=LinearConfig(), locality=locality)
+    host, converted = convert(copy.deepcopy(model), "softmax"), convert(model, conversion)
     x, outputs = pictures(model, batch=4), []
     for either in (host, converted):
         either.blocks[0].attn.core.register_forward_hook(lambda module, args, out: outputs.append(out.detach()))
