@@ -242,19 +242,21 @@ def test_set_changes_one_field_of_the_conversion_or_of_the_calibration() -> None
         return read_settings(preset_name=preset_name, assignments=assignments).conversion
 
     assert conversion() == PRESETS["t5"] and conversion(preset_name="t5-plus") == PRESETS["t5-plus"]
-    assert conversion("mixer.inner=2layer") == Conversion(mixer=TTTConfig(inner="2layer"))
-    assert conversion("neighborhood.window=3") == Conversion(neighborhood=Neighborhood(window=3))
+    def t5(**fields: Any) -> Conversion:
+        return PRESETS["t5"].model_copy(update=fields)
+
+    assert conversion("mixer.inner=2layer") == t5(mixer=TTTConfig(inner="2layer"))
+    assert conversion("neighborhood.window=3") == t5(neighborhood=Neighborhood(window=3))
     for mix in ("half", "learned"):
-        assert conversion("neighborhood.window=3", f"neighborhood.mix={mix}", preset_name="t5-plus") == Conversion(
-            neighborhood=Neighborhood(window=3, mix=mix)
-        )
-    assert conversion("neighborhood=null", preset_name="t5-plus") == Conversion()
-    assert conversion('sites=["blocks.0.attn"]', "locality=none") == Conversion(sites=("blocks.0.attn",), locality="none")
-    assert conversion("mixer.name=linear") == Conversion(mixer=LinearConfig())
-    assert conversion("mixer.start_std=1e-1", "mixer.name=ttt") == Conversion()  # the new mixer begins at its own defaults
-    found = read_settings(assignments=("calibration.steps=50",), seed=3)
-    assert found.calibration.steps == 50 and found.conversion is not None
-    assert found.conversion.seed == found.calibration.seed == 3
+        found = conversion("neighborhood.window=3", f"neighborhood.mix={mix}", preset_name="t5-plus")
+        assert found == t5(neighborhood=Neighborhood(window=3, mix=mix))
+    assert conversion("neighborhood=null", preset_name="t5-plus") == t5()
+    assert conversion('sites=["blocks.0.attn"]', "locality=none") == t5(sites=("blocks.0.attn",), locality="none")
+    assert conversion("mixer.name=linear") == t5(mixer=LinearConfig())
+    assert conversion("mixer.start_std=1e-1", "mixer.name=ttt") == t5()  # the new mixer begins at its own defaults
+    settings = read_settings(assignments=("calibration.steps=50",), seed=3)
+    assert settings.calibration.steps == 50 and settings.conversion is not None
+    assert settings.conversion.seed == settings.calibration.seed == 3
     assert read_settings(assignments=("calibration.lr=0.5",), converted=Conversion()).conversion is None
 
 
@@ -290,7 +292,7 @@ def test_an_unknown_field_or_value_is_named_with_the_choices(
     ("text", "words"),
     [
         ("{", "is not JSON"),
-        ("[1]", "must hold an object with conversion, calibration, image_size, sizes; got a list"),
+        ("[1]", "must hold an object with conversion, calibration, train, image_size, sizes; got a list"),
         ('{"mixer": {}}', "got 'mixer'"),
         ('{"conversion": 3}', "conversion must be an object, got 3"),
         ('{"conversion": {"key_norm": "batch"}}', "key_norm: unknown value 'batch'; choices: 'instance'"),

@@ -157,16 +157,28 @@ def test_without_cpe_embed_returns_its_input(locality: str) -> None:
 # Neighborhood --------------------------------------------------------------------------------------------------------------
 
 
-def test_half_and_half_on_the_raw_projections_and_exact_attention_off_the_grid() -> None:
+def test_half_and_half_on_the_raw_projections_of_the_grid_alone() -> None:
     settings = {"mixer": LinearConfig(), "locality": "none"}
     q, k, v = qkv()
     mixed = core(**settings)(q, k, v, LAYOUT)
     out = core(**settings, neighborhood=Neighborhood(window=3))(q, k, v, LAYOUT)
     near = neighborhood_attention(q[:, :, GRID], k, v, LAYOUT.height, LAYOUT.width, 3, LAYOUT.prefix)
     torch.testing.assert_close(out[:, :, GRID], 0.5 * mixed[:, :, GRID] + 0.5 * near)
+    assert torch.equal(out[:, :, : GRID.start], mixed[:, :, : GRID.start])
+    assert torch.equal(out[:, :, GRID.stop :], mixed[:, :, GRID.stop :])
+
+
+@pytest.mark.parametrize("neighborhood", [None, Neighborhood(window=3)])
+def test_outside_exact_is_softmax_on_the_raw_projections_off_the_grid_and_nothing_else(neighborhood: Neighborhood | None) -> None:
+    q, k, v = qkv()
+    made = core(outside="exact", neighborhood=neighborhood)
+    out = made(q, k, v, LAYOUT)
     exact = F.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(out[:, :, : GRID.start], exact[:, :, : GRID.start])
     torch.testing.assert_close(out[:, :, GRID.stop :], exact[:, :, GRID.stop :])
+    plain = core(neighborhood=neighborhood)
+    plain.load_state_dict(made.state_dict())
+    assert torch.equal(out[:, :, GRID], plain(q, k, v, LAYOUT)[:, :, GRID])
 
 
 def test_a_learned_mix_starts_at_one_half_and_goes_to_either_branch_head_by_head() -> None:

@@ -80,11 +80,11 @@ _PAPER = Conversion(mixer=TTTConfig(start_std=0.02), key_norm="instance", key_no
 # are the rows of its Tables 1 and 5.
 PRESETS: dict[str, Conversion] = {
     "softmax": Conversion(mixer=SoftmaxConfig(), key_norm="none", locality="none"),
-    "t5": Conversion(),
-    "t5-plus": Conversion(neighborhood=Neighborhood(window=5, mix="learned")),
-    "t5-1layer-gate": Conversion(mixer=TTTConfig(inner="1layer-gate")),
-    "t5-2layer": Conversion(mixer=TTTConfig(inner="2layer", loss="l2")),
-    "t5-3layer": Conversion(mixer=TTTConfig(inner="3layer")),
+    "t5": Conversion(outside="exact"),
+    "t5-plus": Conversion(neighborhood=Neighborhood(window=5, mix="learned"), outside="exact"),
+    "t5-1layer-gate": Conversion(mixer=TTTConfig(inner="1layer-gate"), outside="exact"),
+    "t5-2layer": Conversion(mixer=TTTConfig(inner="2layer", loss="l2"), outside="exact"),
+    "t5-3layer": Conversion(mixer=TTTConfig(inner="3layer"), outside="exact"),
     "t5-paper": _PAPER,
     "t5-nat3": _PAPER.model_copy(update={"neighborhood": Neighborhood(window=3, mix="half")}),
     "t5-plus-paper": _PAPER.model_copy(update={"neighborhood": Neighborhood(window=5, mix="half")}),

@@ -6,9 +6,9 @@
     o = (1 - m)·o + m·NAT(q, k, v)    on the raw q, k, v; m = 1/2 (equation 15) or learned per head
 
 Source: Li et al., arXiv 2605.02772, section 4; ε = 1, biased variance and no affine are the released code's.
-Prefix and suffix tokens take part in the norm and the mixer; convolutions see the grid alone. The paper's hosts have none beside
-its neighborhood branch; here every window sees them too, and they see everything (softmax, linear in N): in ViTs they are
-attention's sinks, and docs/calibration.md says what this is worth.
+Prefix and suffix tokens take part in the norm and the mixer; convolutions see the grid alone. The paper's vision transformers
+have none; here every window sees them too, and with `outside` "exact" their own outputs are softmax's on the raw q, k, v, linear
+in N as they are few: in ViTs they are attention's sinks, and docs/calibration.md says what this is worth.
 
 Legend: B batch, H heads, N tokens, D head dim, C = H·D channels, h×w grid.
 """
@@ -43,13 +43,17 @@ class Neighborhood(Frozen):
 
 
 class CoreConfig(Frozen):
-    """What a core is made of; `Conversion` adds where it goes. Defaults are the paper's T⁵."""
+    """What a core is made of; `Conversion` adds where it goes. Defaults are the paper's T⁵.
+
+    `outside` says who answers the tokens off the grid (class, register, text): the mixer, or exact softmax attention.
+    """
 
     mixer: MixerConfig = TTTConfig()
     key_norm: KeyNorm = "instance"
     key_norm_eps: float = Field(1.0, gt=0)
     locality: Locality = "dwc-qk"
     neighborhood: Neighborhood | None = None
+    outside: Literal["mixer", "exact"] = "mixer"
 
 
 def normalise_keys(k: Float[Tensor, "B H N D"], kind: KeyNorm, eps: float) -> Float[Tensor, "B H N D"]:
@@ -131,21 +135,23 @@ class CoreAttention(nn.Module):
         out: Tensor = self.mixer(mixed_q, mixed_k, v, layout)
         if self.config.locality == "dwc-v":
             out = out + self._convolve(self.v_conv, v, layout)
-        if self.config.neighborhood is not None:
-            out = self._blend(out, q, k, v, layout)
-        return out
+        return self._join(out, q, k, v, layout)
 
-    def _blend(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
-        """Mix neighborhood attention into the grid tokens; prefix and suffix tokens, few as they are, attend to all exactly."""
-        assert self.config.neighborhood is not None
-        window = self.config.neighborhood.window
-        learned = self.config.neighborhood.mix == "learned"
-        mix = self.mix_logit.sigmoid().view(-1, 1, 1).to(out.dtype) if learned else 0.5
+    def _join(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
+        """Mix neighborhood attention into the grid tokens, and answer the tokens outside exactly, where the config says so."""
         sizes = (layout.prefix, layout.grid_tokens, layout.suffix)
-        q_first, q_grid, q_last = q.split(sizes, dim=-2)
-        near = neighborhood_attention(q_grid, k, v, layout.height, layout.width, window, layout.prefix).to(out.dtype)
-        grid = torch.lerp(out.split(sizes, dim=-2)[1], near, mix)
-        if not (layout.prefix or layout.suffix):
-            return grid
-        first, last = (F.scaled_dot_product_attention(x, k, v).to(out.dtype) if x.shape[-2] else x for x in (q_first, q_last))
-        return torch.cat((first, grid, last), dim=-2)
+        outside = layout.prefix + layout.suffix > 0
+        exact = self.config.outside == "exact" and outside
+        if self.config.neighborhood is None and not exact:
+            return out
+        (first, grid, last), (q_first, q_grid, q_last) = out.split(sizes, dim=-2), q.split(sizes, dim=-2)
+        if self.config.neighborhood is not None:
+            window, learned = self.config.neighborhood.window, self.config.neighborhood.mix == "learned"
+            mix = self.mix_logit.sigmoid().view(-1, 1, 1).to(out.dtype) if learned else 0.5
+            near = neighborhood_attention(q_grid, k, v, layout.height, layout.width, window, layout.prefix).to(out.dtype)
+            grid = torch.lerp(grid, near, mix)
+        if exact:
+            first, last = (
+                F.scaled_dot_product_attention(x, k, v).to(out.dtype) if x.shape[-2] else x for x in (q_first, q_last)
+            )
+        return torch.cat((first, grid, last), dim=-2) if outside else grid
