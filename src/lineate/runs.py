@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 MODEL = "model/lineate.json"  # there once the model is saved whole
-RUN_PARTS = ("model", "run.json", "pictures", "report.html")
+RUN_PARTS = ("model", "run.json", "pictures", "report.html", "checkpoints", "history.jsonl", "logs")
 ANALYSIS_PARTS = ("analysis.json", "pictures")
 VERSIONS = ("torch", "timm", "accelerate", "datasets", "numpy", "pillow", "pydantic", "safetensors", "matplotlib")
 
@@ -43,7 +43,7 @@ def check_folder(out: Path, overwrite: bool, parts: Sequence[str] = RUN_PARTS) -
         raise RunError(f"{out} exists; pass --overwrite to replace it")
     found = sorted(path.name for path in out.iterdir())
     foreign = [name for name in found if name not in parts and name != "report.html.partial"]
-    ours = not found or any((out / mark).is_file() for mark in ("run.json", "analysis.json", MODEL))
+    ours = not found or any((out / mark).is_file() for mark in ("run.json", "analysis.json", "history.jsonl", MODEL))
     if foreign or not ours:
         raise RunError(f"{out} holds {(foreign or found)[0]!r}, which is no part of a run; it is not overwritten")
 

@@ -1,8 +1,10 @@
-"""What the command line says of a conversion and its calibration, made into their configs.
+"""What the command line says of a conversion, its calibration and its training, made into their configs.
 
     --preset NAME        where to start; t5 where nothing is said
-    --config FILE.json   {"conversion": {...}, "calibration": {...}}, as run.json's "config" has it; a run.json itself will do
-    --set a.b=c          one field: of the conversion, or below `calibration.`; c is JSON, or else a string
+    --recipe NAME        likewise for training, where a command trains
+    --config FILE.json   {"conversion": {...}, "calibration": {...}, "train": {...}}, as run.json's "config" has it; a run.json
+                         itself will do, and a command that does not train passes over "train"
+    --set a.b=c          one field: of the conversion, or below `calibration.` or `train.`; c is JSON, or else a string
 
 Whatever is wrong is one line that names the value and the choices.
 """
@@ -22,8 +24,11 @@ from lineate.convert import Conversion, preset
 from lineate.core import Neighborhood
 from lineate.mixers import MIXERS
 from lineate.mixers.base import Frozen
+from lineate.recipes import RECIPES
+from lineate.train.config import Augment, Distill, Lora, TrainConfig
 
-DEFAULT_PRESET = "t5"
+DEFAULT_PRESET, DEFAULT_RECIPE = "t5", "t5"
+TRAIN_PARTS: dict[str, type[Frozen]] = {"augment": Augment, "distill": Distill, "lora": Lora}
 
 
 class SettingsError(ValueError):
@@ -31,11 +36,16 @@ class SettingsError(ValueError):
 
 
 class Settings(Frozen):
-    """What to do. `conversion` is None for a source that is converted already; sizes (h, w) in px are None where not said."""
+    """What to do. `conversion` is None for a source that is converted already, `train` for a command that does not train.
+
+    Sizes (h, w) in px are None where not said.
+    """
 
     conversion: Conversion | None
     calibration: CalibrationConfig
+    train: TrainConfig | None = None
     preset: str | None = None
+    recipe: str | None = None
     image_size: int | None = None
     sizes: tuple[tuple[int, int], ...] | None = None
 
@@ -47,11 +57,14 @@ def read_settings(
     assignments: Sequence[str] = (),
     seed: int | None = None,
     converted: Conversion | None = None,
+    trains: bool = False,
+    recipe: str | None = None,
+    epochs: float | None = None,
 ) -> Settings:
-    """The settings that the options say. `seed` is both the conversion's and the calibration's.
+    """The settings that the options say. `seed` is the conversion's, the calibration's and the training's.
 
-    `converted` is the conversion of a source that is converted already: no other can be said, only the calibration. Raises
-    `SettingsError`, or `ConversionError` for an unknown preset.
+    `converted` is the conversion of a source that is converted already: no other can be said, only the rest. `epochs` shortens
+    or lengthens a recipe with its warm-up, where `trains`. Raises `SettingsError`, or `ConversionError` for an unknown preset.
     """
     if seed is not None and not 0 <= seed < 2**63:
         raise SettingsError(f"--seed must be 0 to 2**63 - 1, got {seed}")
@@ -59,27 +72,52 @@ def read_settings(
     if converted is not None and said.get("conversion") is not None and _same(said["conversion"], converted):
         del said["conversion"]
     pairs = [_parse(text) for text in assignments]
+    if not trains and (path := next((path for path, _ in pairs if path[0] == "train"), None)):
+        raise SettingsError(f"{'.'.join(path)} cannot be set where nothing is trained")
     if preset_name is not None and said.get("conversion") is not None:
         raise SettingsError(f"{config} gives a conversion whole, and --preset {preset_name} another; give one of them")
     if converted is not None:
-        beyond = [".".join(path) for path, _ in pairs if path[0] != "calibration"]
+        beyond = [".".join(path) for path, _ in pairs if path[0] not in ("calibration", "train")]
         if preset_name is not None or said.get("conversion") is not None or beyond:
+            free = "calibration.* and train.*" if trains else "calibration.*"
             what = f"--set {beyond[0]}" if beyond else "--preset" if preset_name is not None else f"the conversion in {config}"
-            raise SettingsError(f"the source is converted already, so {what} cannot change it; only calibration.* can be set")
+            raise SettingsError(f"the source is converted already, so {what} cannot change it; only {free} can be set")
     chosen = None if converted is not None or said.get("conversion") is not None else preset_name or DEFAULT_PRESET
     fields = said.get("conversion") if chosen is None else preset(chosen).model_dump(mode="json")
     fields = (fields or {}) | {"calibration": said.get("calibration") or {}}
+    if trains:
+        fields["train"] = _training(said.get("train"), recipe, epochs, config)
     for path, value in pairs:
         _assign(fields, path, value)
-    calibration = fields.pop("calibration")
+    calibration, train = fields.pop("calibration"), fields.pop("train", None)
     if seed is not None:
-        fields["seed"] = calibration["seed"] = seed
+        for part in (fields, calibration, train):
+            if part is not None:
+                part["seed"] = seed
     whole = {key: value for key, value in said.items() if key in ("image_size", "sizes")}
     whole |= {"conversion": None if converted is not None else fields, "calibration": calibration, "preset": chosen}
+    if trains:
+        whole |= {"train": train, "recipe": None if said.get("train") else recipe or DEFAULT_RECIPE}
     try:
         return Settings.model_validate(whole)
     except ValidationError as error:
         raise SettingsError("; ".join(_tell(item) for item in error.errors())) from error
+
+
+def _training(said: dict[str, Any] | None, recipe: str | None, epochs: float | None, config: Path | None) -> dict[str, Any]:
+    """Fields of the training: a config's whole, or those of a recipe, made longer or shorter."""
+    if said and recipe is not None:
+        raise SettingsError(f"{config} gives the training whole, and --recipe {recipe} another; give one of them")
+    name = recipe or DEFAULT_RECIPE
+    if name not in RECIPES:
+        raise SettingsError(f"unknown recipe {name!r}; choices: {', '.join(RECIPES)}")
+    fields = dict(said or RECIPES[name]().model_dump(mode="json"))
+    if epochs is not None:
+        if epochs <= 0:
+            raise SettingsError(f"--epochs must be more than 0, got {epochs:g}")
+        whole = TrainConfig.model_validate(fields)
+        fields |= {"epochs": epochs, "warmup_epochs": whole.warmup_epochs * epochs / whole.epochs}
+    return fields
 
 
 def _same(said: dict[str, Any], conversion: Conversion) -> bool:
@@ -107,11 +145,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path} is not JSON: {error}") from error
     if isinstance(data, dict) and isinstance(data.get("config"), dict):
         data = data["config"]
-    keys = ("conversion", "calibration", "image_size", "sizes")
+    keys = ("conversion", "calibration", "train", "image_size", "sizes")
     if not isinstance(data, dict) or (set(data) - set(keys)):
         got = f"{', '.join(map(repr, sorted(set(data) - set(keys))))}" if isinstance(data, dict) else f"a {type(data).__name__}"
         raise SettingsError(f"{path} must hold an object with {', '.join(keys)}; got {got}")
-    for key in keys[:2]:
+    for key in keys[:3]:
         if not isinstance(data.get(key) or {}, dict):
             raise SettingsError(f"{path}: {key} must be an object, got {data[key]!r}")
     return data
@@ -140,12 +178,9 @@ def _assign(fields: dict[str, Any], path: list[str], value: Any) -> None:
         if not isinstance(here[key], dict):
             raise SettingsError(f"{'.'.join(path[:depth])} is {here[key]!r} and has no fields, so {'.'.join(path)} cannot be set")
         here = here[key]
-    if isinstance(value, dict) and path == ["calibration"]:
-        here[path[-1]] = dict(value)
-    elif path == ["calibration"]:
-        raise SettingsError(f"calibration has fields, {', '.join(CalibrationConfig.model_fields)}; got {value!r}")
-    else:
-        here[path[-1]] = value
+    if path in (["calibration"], ["train"]) and not isinstance(value, dict):
+        raise SettingsError(f"{path[0]} has fields, {', '.join(_choices([*path, '']))}; got {value!r}")
+    here[path[-1]] = value
 
 
 def _check_known(path: Sequence[str]) -> None:
@@ -162,8 +197,12 @@ def _choices(path: Iterable[str]) -> list[str]:
             return list(Neighborhood.model_fields)
         case ["calibration", _]:
             return list(CalibrationConfig.model_fields)
+        case ["train", _]:
+            return list(TrainConfig.model_fields)
+        case ["train", part, _] if part in TRAIN_PARTS:
+            return list(TRAIN_PARTS[part].model_fields)
         case _:
-            return [*Conversion.model_fields, "calibration"]
+            return [*Conversion.model_fields, "calibration", "train"]
 
 
 def _name(path: Sequence[str]) -> str:
@@ -189,6 +228,8 @@ def _tell(item: Any) -> str:
             return f"{_name(path)}: unknown value {item['input']!r}; choices: {item['ctx']['expected']}"
         case "union_tag_invalid":
             return f"{_name(path)}.name: unknown value {item['ctx']['tag']!r}; choices: {item['ctx']['expected_tags']}"
+        case "value_error" if isinstance(item["input"], dict):
+            return f"{_name(path)}: {item['msg'].removeprefix('Value error, ')}"
         case _:
             problem = item["msg"].removeprefix("Value error, ")
             return f"{_name(path)}: cannot be {item['input']!r}: {problem[:1].lower()}{problem[1:]}"

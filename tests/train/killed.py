@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from safetensors.torch import save_file
 from timm.models import VisionTransformer
 
 import lineate
@@ -82,7 +83,7 @@ def main(pictures: str, out: str, when: str, *more: str) -> None:
 
     fit(model, batches, objective(config, 5), config, Path(out), resume=True, progress=watch)
     if os.environ.get("RANK", "0") == "0":
-        lineate.save(model, Path(out) / "model")
+        save_file(model.state_dict(), Path(out) / "final.safetensors")
 
 
 if __name__ == "__main__":

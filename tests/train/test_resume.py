@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import lineate
+from safetensors.torch import load_file
 
 WORKER = Path(__file__).with_name("killed.py")
 SHARDED = {
@@ -34,7 +33,7 @@ def run(processes: int, folder: Path, out: Path, moment: str, *more: str) -> int
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    return lineate.load(out / "model").state_dict()
+    return load_file(out / "final.safetensors")
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -53,7 +52,7 @@ def test_killed_at_any_moment_and_resumed(folder: Path, never_stopped: Path, tmp
     moments = ["step:1", "step:7", "saving:8", "removing:6", "step:13", "saving:20"]
     for moment in moments:
         assert run(1, folder, tmp_path, moment) == -signal.SIGKILL
-        assert not (tmp_path / "model").exists()
+        assert not (tmp_path / "final.safetensors").exists()
     assert run(1, folder, tmp_path, "never") == 0
     assert same(weights(tmp_path), weights(never_stopped))
     assert (tmp_path / "history.jsonl").read_text().count("\n") == 3
@@ -67,7 +66,7 @@ def test_killed_and_resumed_across_two_processes(
     assert run(2, folder, tmp_path / "whole", "never", *more) == 0
     for moment in ("step:3", "saving:6"):
         assert run(2, folder, tmp_path / "part", moment, *more) != 0
-        assert not (tmp_path / "part" / "model").exists()
+        assert not (tmp_path / "part" / "final.safetensors").exists()
     assert run(2, folder, tmp_path / "part", "never", *more) == 0
     assert same(weights(tmp_path / "part"), weights(tmp_path / "whole"))
     assert not same(weights(tmp_path / "part"), weights(never_stopped))

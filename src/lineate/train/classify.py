@@ -1,0 +1,80 @@
+"""Learning classes from labelled images, start to finish: two splits, objective, loop, and top-1 on what was held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lineate.calibrate import Progress
+from lineate.data import DataError, LabelledImages, check_classes, open_data
+from lineate.evaluate.top1 import Outcome, classes, prepare, processes, top_k
+from lineate.sources import Source
+from lineate.train.config import TrainConfig
+from lineate.train.data import ImageBatches
+from lineate.train.loop import FitResult, fit
+from lineate.train.objectives import objective
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What is learned from, and what is measured on."""
+
+    train: LabelledImages
+    held_out: LabelledImages
+
+
+def open_splits(data: str, held_out: str | None = None, *, strict: bool = False, **columns: str | None) -> Splits:
+    """The train split of `data`, and the held-out one of `held_out`, which is `data` where not said.
+
+    `columns` are `image_column` and `label_column`. Raises `DataError` also if the two are the same or differ in their classes.
+    """
+    learned = open_data(data, split="train", strict=strict, **columns)
+    measured = open_data(held_out or data, split=None, strict=strict, **columns)
+    if (learned.source, learned.split) == (measured.source, measured.split):
+        raise DataError(f"{data} has no split to measure on, only {learned.split!r}; give one with --held-out-data")
+    if learned.classes != measured.classes:
+        raise DataError(f"the classes of {measured.source} are not those of {learned.source}")
+    return Splits(learned, measured)
+
+
+def classify(
+    source: Source,
+    splits: Splits,
+    config: TrainConfig,
+    out: Path,
+    *,
+    original: nn.Module | None = None,
+    resume: bool = False,
+    about: Mapping[str, Any] | None = None,
+    say: Callable[[str], None],
+    progress: Progress,
+) -> tuple[FitResult, Outcome]:
+    """Train the source's model in place, see `fit`, and measure the weights that it ends with on the held-out split.
+
+    Raises `DataError` before anything long if the model has another number of classes, and `TrainError` as `fit` does.
+    """
+    check_classes(splits.train, classes(source.model))
+    transform = prepare(source).transform()
+    place = next(source.model.parameters()).device
+    batches = ImageBatches(splits.train, config, size=source.image_size, mean=source.mean, std=source.std)
+
+    def measure(model: nn.Module) -> Outcome:
+        together = processes(place)
+        return top_k(model, splits.held_out, transform, batch=config.batch, workers=config.workers, accelerator=together)
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        figures = measure(model).figures
+        shown = {"top1": figures.top1.value, "test_loss": figures.loss}
+        return shown if figures.top5 is None else shown | {"top5": figures.top5.value}
+
+    minimised = objective(config, len(splits.train.classes), original)
+    result = fit(
+        source.model, batches, minimised, config, out,
+        evaluate=evaluate if config.eval_epochs else None, resume=resume, about=about, say=say, progress=progress,
+    )  # fmt: skip
+    say(f"measuring on {len(splits.held_out)} held-out pictures")
+    return result, measure(source.model)
