@@ -13,7 +13,7 @@ import torch
 from lineate.data import LabelledImages, open_data
 from lineate.train import TrainError
 from lineate.train.config import Augment, TrainConfig
-from lineate.train.data import Batch, ImageBatches, Key, train_transform
+from lineate.train.data import Batch, ImageBatches, Key, Order, train_transform
 
 from .conftest import GREY, draw_pictures
 
@@ -26,9 +26,7 @@ def batches(pictures: LabelledImages, config: TrainConfig) -> ImageBatches:
 
 
 def keys(made: ImageBatches, start: int, stop: int, process: int = 0, processes: int = 1) -> list[list[Key]]:
-    from lineate.train.data import _Order
-
-    return list(_Order(made, start, stop, process, processes))
+    return list(Order(made, start, stop, process, processes))
 
 
 def same(one: list[Batch], other: list[Batch]) -> bool:

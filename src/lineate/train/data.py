@@ -50,19 +50,43 @@ class Key(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Pictures (B, 3, h, w), normalised, and their classes (B,)."""
+    """Pictures (B, 3, h, w), normalised, or latents (B, C, h, w), and their classes (B,)."""
 
     images: Tensor
     labels: Tensor
 
 
-class ImageBatches:
+class Ordered:
+    """An order of `count` pictures, drawn anew each epoch, for a run of `config`; what every kind of batches shares."""
+
+    def __init__(self, count: int, config: TrainConfig) -> None:
+        self.count, self.config = count, config
+
+    def steps(self, processes: int) -> int:
+        """Whole steps an epoch. Raises `TrainError` if there are too few pictures for one."""
+        needed = self.config.batch * self.config.accumulate * processes
+        if self.count < needed:
+            raise TrainError(
+                f"{self.count} pictures do not fill one step of {needed} (batch {self.config.batch} × accumulate "
+                f"{self.config.accumulate} × {processes} processes); choose a smaller batch"
+            )
+        return self.count // needed
+
+    def epoch(self, epoch: int) -> list[Key]:
+        """Every variant of an epoch, in order."""
+        repeats = self.config.augment.repeats
+        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(derive(ORDER, self.config.seed, epoch)))
+        return [Key(epoch, int(order[i // repeats]), i % repeats) for i in range(self.count)]
+
+
+class ImageBatches(Ordered):
     """Batches of `data` at `size` px for a model with this mean and std."""
 
     def __init__(
         self, data: LabelledImages, config: TrainConfig, *, size: int, mean: Sequence[float], std: Sequence[float]
     ) -> None:
-        self.data, self.config = data, config
+        super().__init__(len(data), config)
+        self.data = data
         self.shown = {"size": size, "mean": list(mean), "std": list(std)}
         self.variants = _Variants(data, train_transform(config.augment, size, mean, std), config.seed)
 
@@ -71,21 +95,11 @@ class ImageBatches:
         data = self.data
         return {"source": data.source, "split": data.split, "pictures": len(data), "classes": list(data.classes)} | self.shown
 
-    def steps(self, processes: int) -> int:
-        """Whole steps an epoch. Raises `TrainError` if there are too few pictures for one."""
-        needed = self.config.batch * self.config.accumulate * processes
-        if len(self.data) < needed:
-            raise TrainError(
-                f"{len(self.data)} pictures do not fill one step of {needed} (batch {self.config.batch} × accumulate "
-                f"{self.config.accumulate} × {processes} processes); choose a smaller batch"
-            )
-        return len(self.data) // needed
-
     def stream(self, start: int, stop: int, process: int, processes: int) -> Iterator[Batch]:
         """The batches of one process; one loader reads on through all epochs."""
         loader = DataLoader(
             self.variants,
-            batch_sampler=_Order(self, start, stop, process, processes),
+            batch_sampler=Order(self, start, stop, process, processes),
             num_workers=self.config.workers,
             collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
@@ -95,17 +109,11 @@ class ImageBatches:
             self.data.note(skipped)
             yield batch
 
-    def epoch(self, epoch: int) -> list[Key]:
-        """Every variant of an epoch, in order."""
-        count, repeats = len(self.data), self.config.augment.repeats
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(derive(ORDER, self.config.seed, epoch)))
-        return [Key(epoch, int(order[i // repeats]), i % repeats) for i in range(count)]
 
-
-class _Order(Sampler[list[Key]]):
+class Order(Sampler[list[Key]]):
     """The batches of one process as keys."""
 
-    def __init__(self, batches: ImageBatches, start: int, stop: int, process: int, processes: int) -> None:
+    def __init__(self, batches: Ordered, start: int, stop: int, process: int, processes: int) -> None:
         self.batches, self.start, self.stop, self.process, self.processes = batches, start, stop, process, processes
 
     def __iter__(self) -> Iterator[list[Key]]:
