@@ -101,6 +101,26 @@ def test_constant_keys_and_a_single_token_stay_finite_with_finite_gradients(key_
         assert gradient.isfinite().all()
 
 
+def test_scale_and_offset_start_without_effect_and_then_act_on_the_mixers_queries_and_keys_alone() -> None:
+    settings = {"mixer": TTTConfig(start_std=0.3), "neighborhood": Neighborhood(window=3)}
+    q, k, v = qkv()
+    plain, made = core(**settings), core(**settings, qk_affine=True)
+    new = {"q_scale", "q_offset", "k_scale", "k_offset"}
+    assert set(made.load_state_dict(plain.state_dict(), strict=False).missing_keys) == new
+    assert torch.equal(made(q, k, v, LAYOUT), plain(q, k, v, LAYOUT))
+    with torch.no_grad():
+        for name in new:
+            getattr(made, name).add_(0.5 * torch.randn(HEADS, DIM))
+    turned = [t * getattr(made, f"{x}_scale")[:, None] + getattr(made, f"{x}_offset")[:, None] for x, t in (("q", q), ("k", k))]
+    alone = core(**settings | {"neighborhood": None})
+    alone.load_state_dict(plain.state_dict())
+    mixed = alone(*turned, v, LAYOUT)
+    near = neighborhood_attention(q[:, :, GRID], k, v, LAYOUT.height, LAYOUT.width, 3, LAYOUT.prefix)
+    out = made(q, k, v, LAYOUT)
+    torch.testing.assert_close(out[:, :, GRID], 0.5 * mixed[:, :, GRID] + 0.5 * near)
+    torch.testing.assert_close(out[:, :, : GRID.start], mixed[:, :, : GRID.start])
+
+
 # Locality ------------------------------------------------------------------------------------------------------------------
 
 

@@ -80,6 +80,13 @@ _PAPER = Conversion(mixer=TTTConfig(start_std=0.02), key_norm="instance", key_no
 # are the rows of its Tables 1 and 5.
 PRESETS: dict[str, Conversion] = {
     "softmax": Conversion(mixer=SoftmaxConfig(), key_norm="none", locality="none"),
+_DIT5 = _PAPER.model_copy(
+    update={
+        "mixer": TTTConfig(inner="2layer", loss="l2", start_std=0.02),
+        "neighborhood": Neighborhood(window=5, mix="half"),
+        "qk_affine": True,
+    }
+)
     "t5": Conversion(outside="exact"),
     "t5-plus": Conversion(neighborhood=Neighborhood(window=5, mix="learned"), outside="exact"),
     "t5-1layer-gate": Conversion(mixer=TTTConfig(inner="1layer-gate"), outside="exact"),
@@ -93,6 +100,8 @@ PRESETS: dict[str, Conversion] = {
     "hedgehog": Conversion(mixer=HedgehogConfig(), locality="none"),
     "lit": Conversion(mixer=LiTConfig(), key_norm="none", locality="none", inherit="mlp"),
     "clear": Conversion(mixer=CLEARConfig(), key_norm="none", locality="none"),
+    "dit5": _DIT5,
+    "dit5-nonat": _DIT5.model_copy(update={"neighborhood": None}),
     "neighborhood": Conversion(mixer=NeighborhoodConfig(), key_norm="none", locality="none"),
 }
 

@@ -1,7 +1,8 @@
 """All that lies between a host's projections and its output projection: key norm, locality, mixer, neighborhood branch.
 
-    k̂ = norm(k)                      over the tokens, per sample and channel (instance norm; equation 12)
-    q̂ = q + DWC(q), k̂ = k̂ + DWC(k̂)   depthwise 3×3 over the grid, all H·D channels (equation 14)
+    q̃ = q·γ + β, k̃ = k·γ' + β'        per channel, with `qk_affine` (DiT⁵'s, from its code); q, k themselves otherwise
+    k̂ = norm(k̃)                      over the tokens, per sample and channel (instance norm; equation 12)
+    q̂ = q̃ + DWC(q̃), k̂ = k̂ + DWC(k̂)   depthwise 3×3 over the grid, all H·D channels (equation 14)
     o = mixer(q̂, k̂, v)
     o = (1 - m)·o + m·NAT(q, k, v)    on the raw q, k, v; m = 1/2 (equation 15) or learned per head
 
@@ -46,11 +47,14 @@ class CoreConfig(Frozen):
     """What a core is made of; `Conversion` adds where it goes. Defaults are the paper's T⁵.
 
     `outside` says who answers the tokens off the grid (class, register, text): the mixer, or exact softmax attention.
+    `qk_affine` gives the mixer's queries and keys, before the key norm, a scale and an offset per channel, as the released DiT⁵
+    has them; instance norm takes the keys' offset away again.
     """
 
     mixer: MixerConfig = TTTConfig()
     key_norm: KeyNorm = "instance"
     key_norm_eps: float = Field(1.0, gt=0)
+    qk_affine: bool = False
     locality: Locality = "dwc-qk"
     neighborhood: Neighborhood | None = None
     outside: Literal["mixer", "exact"] = "mixer"
@@ -104,6 +108,9 @@ class CoreAttention(nn.Module):
         self.config, self.heads = config, heads
         width = heads * head_dim
         self.mixer = MIXERS[config.mixer.name](config.mixer, heads, head_dim)
+        if config.qk_affine:
+            self.q_scale, self.k_scale = (nn.Parameter(torch.ones(heads, head_dim)) for _ in "qk")
+            self.q_offset, self.k_offset = (nn.Parameter(torch.zeros(heads, head_dim)) for _ in "qk")
         if config.locality == "dwc-qk":
             self.q_conv, self.k_conv = _depthwise(width), _depthwise(width)
         elif config.locality == "dwc-v":
@@ -126,11 +133,15 @@ class CoreAttention(nn.Module):
     def forward(
         self, q: Float[Tensor, "B H N D"], k: Float[Tensor, "B H N D"], v: Float[Tensor, "B H N D"], layout: TokenLayout
     ) -> Float[Tensor, "B H N D"]:
-        """Key norm, locality, mixer, neighborhood branch; the module docstring has the equations."""
+        """Scale and offset, key norm, locality, mixer, neighborhood branch; the module docstring has the equations."""
         layout.check(k.shape[-2])
-        mixed_q, mixed_k = q, normalise_keys(k, self.config.key_norm, self.config.key_norm_eps)
+        mixed_q, mixed_k = q, k
+        if self.config.qk_affine:
+            mixed_q = q * self.q_scale[:, None] + self.q_offset[:, None]
+            mixed_k = k * self.k_scale[:, None] + self.k_offset[:, None]
+        mixed_k = normalise_keys(mixed_k, self.config.key_norm, self.config.key_norm_eps)
         if self.config.locality == "dwc-qk":
-            mixed_q = q + self._convolve(self.q_conv, q, layout)
+            mixed_q = mixed_q + self._convolve(self.q_conv, mixed_q, layout)
             mixed_k = mixed_k + self._convolve(self.k_conv, mixed_k, layout)
         out: Tensor = self.mixer(mixed_q, mixed_k, v, layout)
         if self.config.locality == "dwc-v":
@@ -151,7 +162,5 @@ class CoreAttention(nn.Module):
             near = neighborhood_attention(q_grid, k, v, layout.height, layout.width, window, layout.prefix).to(out.dtype)
             grid = torch.lerp(grid, near, mix)
         if exact:
-            first, last = (
-                F.scaled_dot_product_attention(x, k, v).to(out.dtype) if x.shape[-2] else x for x in (q_first, q_last)
-            )
+            first, last = (F.scaled_dot_product_attention(x, k, v).to(out.dtype) if x.shape[-2] else x for x in (q_first, q_last))
         return torch.cat((first, grid, last), dim=-2) if outside else grid
