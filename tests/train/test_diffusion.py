@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
+from lineate.models.dit import DiT
 from lineate.train import TrainError
 from lineate.train.data import Batch
 from lineate.train.diffusion import Chain, Ddpm, ddpm, divergence, dropped, flow, pixel_log_likelihood
@@ -150,6 +151,18 @@ def test_labels_are_dropped_to_the_null_class_as_often_as_asked() -> None:
     assert torch.equal(found[~gone], labels[~gone])
     assert abs(float(gone.float().mean()) - 0.1) < 0.01
     assert torch.equal(dropped(labels, NULL, 0.0), labels)
+
+
+def test_labels_are_dropped_once(batch: Batch) -> None:
+    """In training a DiT drops its own; what it is asked then has all labels, and in eval mode, as when frozen, a share."""
+    model = DiT(4, 2, 3, 8, 1, 2, class_dropout_prob=0.5, num_classes=NULL)
+    asked: list[Tensor] = []
+    model.register_forward_pre_hook(lambda module, args: asked.append(args[2]))
+    many = Batch(batch.images.repeat(50, 1, 1, 1), batch.labels.repeat(50))
+    ddpm(NULL, Ddpm(label_dropout=0.5))(model, many)
+    ddpm(NULL, Ddpm(label_dropout=0.5))(model.eval(), many)
+    assert torch.equal(asked[0], many.labels)
+    assert 0.3 < float((asked[1] == NULL).float().mean()) < 0.7
 
 
 def test_a_model_without_variance_learns_the_noise_alone(batch: Batch) -> None:

@@ -11,7 +11,8 @@ L_t does not teach the mean: μ_θ is detached there. The model gives 2C channel
 count. One L_t a sample, with weight 1, is what DiT was trained with: the bound is the sum of T such terms, so this is a weight of
 0.001 on all of it at T = 1000, the λ of Nichol & Dhariwal; guided-diffusion's "rescaled" variant of T/1000 is 1 there too.
 The likelihood at t = 0 takes x for pixels of 256 levels in [-1, 1]; as in DiT's training, latents are treated alike.
-With probability `label_dropout` a label is the null class, for guidance; the model must drop none itself.
+With probability `label_dropout` a label is the null class, for guidance. They are dropped once: a DiT that is in training mode
+drops its own, as often as it was built to, and then none is dropped here.
 
 Sources: Ho et al., arXiv 2006.11239 (eqs. 4-7, 13); Nichol & Dhariwal, arXiv 2102.09672 (eqs. 15, 16); Peebles & Xie, arXiv
 2212.09748; Ma et al., SiT, arXiv 2401.08740 (linear path, velocity). Legend: B batch, C channels, h×w grid, T steps.
@@ -28,6 +29,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lineate.mixers.base import Frozen
+from lineate.models.dit import LabelEmbedder
 from lineate.train import TrainError
 from lineate.train.data import Batch
 from lineate.train.objectives import Objective
@@ -70,7 +72,8 @@ class Chain:
     def at(self, name: str, t: Tensor) -> Tensor:
         """(B, 1, 1, 1): one of the tables at the samples' steps."""
         self.tables[name] = self.tables[name].to(t.device)
-        return self.tables[name][t].float()[:, None, None, None]
+        found: Tensor = self.tables[name][t].float()
+        return found.view(-1, 1, 1, 1)
 
     def noised(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t."""
@@ -105,9 +108,10 @@ def divergence(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log
 def pixel_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """Log-probability, in nats a value, of the interval of 2/255 around x under a normal; the outermost ones are open outward."""
     scale, half = torch.exp(-0.5 * log_variance), 1 / 255
-    above = torch.special.ndtr((x + half - mean) * scale).where(x < 1 - half / 2, torch.ones(()))
-    below = torch.special.ndtr((x - half - mean) * scale).where(x > half / 2 - 1, torch.zeros(()))
-    return (above - below).clamp(min=1e-12).log()
+    above: Tensor = torch.special.ndtr((x + half - mean) * scale)
+    below: Tensor = torch.special.ndtr((x - half - mean) * scale)
+    inside = above.masked_fill(x > 1 - half / 2, 1) - below.masked_fill(x < half / 2 - 1, 0)
+    return inside.clamp(min=1e-12).log()
 
 
 def ddpm(null: int, config: Ddpm | None = None) -> Objective:
@@ -123,7 +127,7 @@ def ddpm(null: int, config: Ddpm | None = None) -> Objective:
         t = torch.randint(config.steps, (len(x),), device=x.device)
         noise = torch.randn_like(x)
         x_t = chain.noised(x, t, noise)
-        output = predict(model, x_t, t, dropped(batch.labels, null, config.label_dropout))
+        output = predict(model, x_t, t, dropped(batch.labels, null, _share(model, config.label_dropout)))
         found = output[:, : x.shape[1]]
         mse = F.mse_loss(found, noise)
         if output.shape[1] == x.shape[1]:
@@ -144,7 +148,7 @@ def flow(null: int, *, label_dropout: float = 0.1) -> Objective:
         t = torch.rand(len(x), device=x.device)
         noise = torch.randn_like(x)
         x_t = torch.lerp(noise, x, t[:, None, None, None])
-        output = predict(model, x_t, t, dropped(batch.labels, null, label_dropout))
+        output = predict(model, x_t, t, dropped(batch.labels, null, _share(model, label_dropout)))
         return {"loss": F.mse_loss(output[:, : x.shape[1]], x - noise)}
 
     return minimise
@@ -153,6 +157,12 @@ def flow(null: int, *, label_dropout: float = 0.1) -> Objective:
 def dropped(labels: Tensor, null: int, share: float) -> Tensor:
     """Labels (B,), each with probability `share` the null label; drawn from torch's generator."""
     return labels.masked_fill(torch.rand(len(labels), device=labels.device) < share, null)
+
+
+def _share(model: nn.Module, label_dropout: float) -> float:
+    """How many labels are left to drop for a model that may drop its own."""
+    drops = any(isinstance(module, LabelEmbedder) and module.training and module.dropout > 0 for module in model.modules())
+    return 0.0 if drops else label_dropout
 
 
 def predict(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -1,0 +1,203 @@
+"""Pictures made ready once for a generative model, as pixels or as latents, and batches of them.
+
+    FOLDER/index.json             what was cached: the pictures, their size, the autoencoder
+    FOLDER/00000.safetensors ...  "labels" (n,), and "pixels" (n, 3, h, w) uint8, or "mean" and "std" (n, 2, C, h, w) in half
+                                  precision: the latents' distribution for a picture as it is and for its mirror image
+
+A shard is written whole or not at all, so caching that was killed goes on where it stopped; many processes may share the work.
+Which mirror image and which latent of a picture an epoch shows follows from (seed, epoch, picture, repeat) alone.
+Pictures are resized (bicubic, antialiased) so that their short side fits, and cropped in the middle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lineate.autoencoder import encode, fingerprint, to_pixels
+from lineate.calibrate import Progress
+from lineate.data import LabelledImages
+from lineate.mixers.base import Frozen
+from lineate.train import TrainError
+from lineate.train.config import Augment, TrainConfig
+from lineate.train.data import Batch, Key, Order, Ordered
+from lineate.train.randomness import SAMPLE, derive
+
+INDEX = "index.json"
+
+
+class Index(Frozen):
+    """What a cache holds; `autoencoder` is its fingerprint, None for pixels, and `shard` the pictures a file."""
+
+    source: str
+    split: str
+    pictures: int
+    classes: tuple[str, ...]
+    size: int
+    shard: int
+    autoencoder: str | None
+
+    @property
+    def shards(self) -> int:
+        """How many files a whole cache has."""
+        return -(-self.pictures // self.shard)
+
+
+def cache(
+    data: LabelledImages,
+    out: Path,
+    *,
+    size: int,
+    vae: nn.Module | None = None,
+    batch: int = 64,
+    shard: int = 8192,
+    workers: int = 0,
+    accelerator: Any = None,
+    progress: Progress | None = None,
+) -> Index:
+    """Cache the pictures of `data` at `size` px in `out`, through `vae` on its device if one is given; shards there are kept.
+
+    `accelerator` is an `accelerate.Accelerator` or `PartialState` where several processes share the work; each returns once all
+    is there. A picture that cannot be read is replaced by the next good one and noted in `data.skipped`. Raises `TrainError` if
+    `out` holds something else.
+    """
+    index = Index(
+        source=data.source, split=data.split, pictures=len(data), classes=data.classes, size=size, shard=shard,
+        autoencoder=fingerprint(vae) if vae is not None else None,
+    )  # fmt: skip
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
+    _claim(out, index)
+    for number in range(rank, index.shards, world):
+        file = out / _name(number)
+        if not file.is_file():
+            rows = range(number * shard, min((number + 1) * shard, len(data)))
+            loader = DataLoader(
+                _Pictures(data, size), batch, sampler=rows, num_workers=workers, collate_fn=_collate, generator=torch.Generator()
+            )  # fmt: skip
+            _write(file, _tensors(data, loader, vae))
+        if progress is not None:
+            progress(number + 1, index.shards, "caching")
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    return index
+
+
+class CachedBatches(Ordered):
+    """Batches of a whole cache; of the config's `augment` only flip and repeats mean something here.
+
+    Files are memory-mapped, so no workers are needed. Raises `TrainError` if the cache is missing, unfinished, or another
+    augmentation is asked for.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig) -> None:
+        self.index = read_index(folder)
+        super().__init__(self.index.pictures, config)
+        kept = {name: getattr(config.augment, name) for name in ("flip", "repeats", "scale", "crop", "interpolation")}
+        if config.augment != Augment(**kept):
+            raise TrainError("augment: pictures from a cache can be flipped and repeated, nothing else")
+        files = [folder / _name(number) for number in range(self.index.shards)]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise TrainError(f"{folder} lacks {len(missing)} of {len(files)} files, {missing[0]} first; caching was not finished")
+        self.shards = [load_file(file) for file in files]
+
+    def identity(self) -> dict[str, Any]:
+        """What the cache holds."""
+        return self.index.model_dump(mode="json")
+
+    def stream(self, start: int, stop: int, process: int, processes: int) -> Iterator[Batch]:
+        """The batches of one process, pictures or latents (B, C, h, w) in fp32."""
+        for keys in Order(self, start, stop, process, processes):
+            shown, labels = zip(*(self.draw(key) for key in keys), strict=True)
+            yield Batch(torch.stack(shown), torch.stack(labels))
+
+    def draw(self, key: Key) -> tuple[Tensor, Tensor]:
+        """One variant (C, h, w) of a picture, and its label ()."""
+        stored, row = self.shards[key.picture // self.index.shard], key.picture % self.index.shard
+        draw = torch.Generator().manual_seed(derive(SAMPLE, self.config.seed, *key))
+        mirrored = float(torch.rand((), generator=draw)) < self.config.augment.flip
+        if self.index.autoencoder is None:
+            pixels = to_pixels(stored["pixels"][row])
+            return pixels.flip(-1) if mirrored else pixels, stored["labels"][row]
+        mean, std = (stored[name][row, int(mirrored)].float() for name in ("mean", "std"))
+        return mean + std * torch.randn(mean.shape, generator=draw), stored["labels"][row]
+
+
+def read_index(folder: Path) -> Index:
+    """What the cache in `folder` holds. Raises `TrainError` if there is none."""
+    try:
+        return Index.model_validate_json((folder / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValidationError) as error:
+        raise TrainError(f"{folder} holds no cache: {INDEX}: {str(error).splitlines()[0]}") from error
+
+
+def _claim(out: Path, index: Index) -> None:
+    """Write the index, or find that it says the same."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / INDEX).is_file():
+        partial = out / f".{secrets.token_hex(4)}"
+        partial.write_text(json.dumps(index.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, out / INDEX)
+    found = read_index(out).model_dump()
+    other = [name for name, value in index.model_dump().items() if found[name] != value]
+    if other:
+        asked = getattr(index, other[0])
+        raise TrainError(f"{out} holds another cache: its {other[0]} is {found[other[0]]!r}, asked for is {asked!r}")
+
+
+class _Pictures(Dataset[tuple[Tensor, int, dict[str, str]]]):
+    """Each picture as uint8 (3, size, size)."""
+
+    def __init__(self, data: LabelledImages, size: int) -> None:
+        from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
+
+        self.data, self.transform = data, Compose([Resize(size, InterpolationMode.BICUBIC), CenterCrop(size), PILToTensor()])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, dict[str, str]]:
+        example = self.data.take(index)
+        return self.transform(example.image), example.label, example.skipped
+
+
+def _collate(items: list[tuple[Tensor, int, dict[str, str]]]) -> tuple[Tensor, Tensor, dict[str, str]]:
+    pictures, labels, skipped = zip(*items, strict=True)
+    return torch.stack(pictures), torch.tensor(labels), {name: why for some in skipped for name, why in some.items()}
+
+
+def _tensors(data: LabelledImages, loader: Any, vae: nn.Module | None) -> dict[str, Tensor]:
+    """One shard."""
+    parts: dict[str, list[Tensor]] = {}
+    for pictures, labels, skipped in loader:
+        data.note(skipped)
+        found = {"labels": labels}
+        if vae is None:
+            found["pixels"] = pictures
+        else:
+            both = [encode(vae, pixels) for pixels in (to_pixels(pictures), to_pixels(pictures).flip(-1))]
+            for name, pair in zip(("mean", "std"), zip(*both, strict=True), strict=True):
+                found[name] = torch.stack(pair, 1).half().cpu()
+        for name, tensor in found.items():
+            parts.setdefault(name, []).append(tensor)
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+
+def _write(file: Path, tensors: dict[str, Tensor]) -> None:
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    try:
+        save_file(tensors, partial)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _name(number: int) -> str:
+    return f"{number:05}.safetensors"
