@@ -5,6 +5,7 @@ keep it, `record` tells what was done. Importing this pulls in torch and no othe
 when a model of it is converted.
 """
 
+from lineate.autoclasses import watch_for_transformers
 from lineate.calibrate import CalibrationConfig, CalibrationResult, calibrate
 from lineate.checkpoint import load, save
 from lineate.convert import PRESETS, Conversion, ConversionRecord, convert, preset, record
@@ -12,6 +13,8 @@ from lineate.layout import TokenLayout
 from lineate.released import from_released
 
 __version__ = "0.1.0"
+
+watch_for_transformers()
 
 __all__ = [
     "PRESETS",

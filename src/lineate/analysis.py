@@ -13,8 +13,7 @@ Legend: B batch, H heads, N tokens, D head dim, C = H·D channels, h×w grid.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,23 +22,15 @@ from torch import Tensor, nn
 
 from lineate.convert import core_modules
 from lineate.evaluate import EvaluationError, batches, evaluating
-from lineate.families import detect
+from lineate.families import Attended, detect
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_CHILDREN = ("qkv", "q_norm", "k_norm")
 
-
-def _attentions(model: nn.Module) -> dict[str, Any]:
-    """Every attention of a host or converted model by site name. Raises `EvaluationError` for one that hides its keys."""
-    sites = detect(model).sites(model)
-    found = {site.name: model.get_submodule(site.name) for site in sites}
-    for site in sites:
-        if not all(isinstance(getattr(found[site.name], child, None), nn.Module) for child in _CHILDREN):
-            raise EvaluationError(f"{site.name} cannot be looked into: {site.refusal}")
-    return found
+def _sites(model: nn.Module) -> list[str]:
+    return [site.name for site in detect(model).sites(model)]
 
 
 @torch.inference_mode()
@@ -47,77 +38,46 @@ def key_shift(model: nn.Module, images: Iterable[Tensor]) -> dict[str, float]:
     """Key-shift ratio of every attention site, a mean over `images`: (3, h, w) or (B, 3, h, w), normalised, of any shapes.
 
     Equation 11: k_i is a grid token's whole key, all heads side by side (C), after the host's own key norm if it has one and
-    before a core's. Class and register tokens are left out. Raises `EvaluationError` if there are no images.
+    and rotary positions, and before a core's. Class and register tokens are left out. Raises `EvaluationError` if there are no
+    images, `UnsupportedModelError` for an attention that hides its keys.
     """
-    attentions = _attentions(model)
-    prefix: Any = model.num_prefix_tokens
-    totals = dict.fromkeys(attentions, 0.0)
+    family = detect(model)
+    totals = dict.fromkeys(_sites(model), 0.0)
+    prefix, run, count = family.geometry(model).prefix, family.runner(model), 0
 
-    def note(site: str, module: nn.Module, args: tuple[Any, ...], k: Tensor) -> None:
-        keys = k[:, :, prefix:].transpose(1, 2).flatten(2).double()
+    def note(site: str, attended: Attended) -> None:
+        keys = attended.k[:, :, prefix:].transpose(1, 2).flatten(2).double()
         size = keys.norm(dim=-1).mean(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
         totals[site] += float((keys.mean(dim=1).norm(dim=-1) / size).sum())
 
-    handles = [a.k_norm.register_forward_hook(partial(note, site)) for site, a in attentions.items()]
-    count = 0
-    try:
-        with evaluating(model):
-            for batch in batches(images, model):
-                model(batch)
-                count += len(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with evaluating(model), family.watch(model, totals.keys(), note):
+        for batch in batches(images, model):
+            run(batch)
+            count += len(batch)
     return {site: total / count for site, total in totals.items()}
 
 
-def _forward(model: nn.Module, image: Tensor) -> None:
+def _attended(model: nn.Module, image: Tensor, site: str) -> Attended:
+    """What passes at a site in a forward pass over one picture."""
     (batch,) = batches([image], model)
     if len(batch) != 1:
         raise EvaluationError(f"an implicit attention map is of one picture, got a batch of {len(batch)}")
-    with torch.no_grad(), evaluating(model):  # not inference_mode: autograd goes on from what is captured here
-        model(batch)
-
-
-def _core_inputs(core: nn.Module, model: nn.Module, image: Tensor) -> tuple[Any, ...]:
-    """(q, k, v, layout) as they reach a core in a forward pass."""
-    seen: list[tuple[Any, ...]] = []
-    handle = core.register_forward_pre_hook(lambda module, args: seen.append(args))
-    try:
-        _forward(model, image)
-    finally:
-        handle.remove()
+    family = detect(model)
+    seen: list[Attended] = []
+    watching = family.watch(model, [site], lambda _, attended: seen.append(attended))
+    with torch.no_grad(), evaluating(model), watching:  # not inference_mode: autograd goes on from what is captured here
+        family.runner(model)(batch)
     return seen[-1]
 
 
-def _host_inputs(attention: Any, model: nn.Module, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (1, H, N, D) as they reach a host's softmax attention in a forward pass."""
-    seen: dict[str, Tensor] = {}
-
-    def note(name: str, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        seen[name] = out
-
-    handles = [getattr(attention, name).register_forward_hook(partial(note, name)) for name in _CHILDREN]
-    try:
-        _forward(model, image)
-    finally:
-        for handle in handles:
-            handle.remove()
-    q, k = seen["q_norm"], seen["k_norm"]
-    v = seen["qkv"].unflatten(-1, (3, *q.shape[1::2]))[:, :, 2].transpose(1, 2)
-    return q, k, v
-
-
-def _values_to_output(model: nn.Module, image: Tensor, site: str, query: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The values (1, H, N, D) at a site, and the function from them to the query's output (H, D) with q and k held still."""
-    core = core_modules(model).get(site)
+def _output(model: nn.Module, site: str, attended: Attended, query: int) -> Callable[[Tensor], Tensor]:
+    """The function from values (1, H, N, D) to the query's output (H, D) at a site, with q and k held still."""
+    q, k, core = attended.q, attended.k, core_modules(model).get(site)
     if core is not None:
-        q, k, v, layout = _core_inputs(core, model, image)
-        return v, lambda values: core(q, k, values, layout)[0, :, query]
-    attention = _attentions(model)[site]
-    q, k, v = _host_inputs(attention, model, image)
+        layout = cast(Any, model.get_submodule(site)).tracker.layout
+        return lambda values: core(q, k, values, layout)[0, :, query]
     row = q[:, :, query : query + 1]  # softmax answers each query alone, so one row is all it takes
-    return v, lambda values: F.scaled_dot_product_attention(row, k, values)[0, :, 0]
+    return lambda values: F.scaled_dot_product_attention(row, k, values)[0, :, 0]
 
 
 def implicit_attention(model: nn.Module, image: Tensor, site: str, query: int) -> Float[Tensor, "H N"]:
@@ -126,15 +86,15 @@ def implicit_attention(model: nn.Module, image: Tensor, site: str, query: int) -
     `image` is (3, h, w) or (1, 3, h, w), normalised; `query` a token's index, class and register tokens first. One backward pass
     through the core for each of D output channels. Raises `EvaluationError` for an unknown site or a query that is not there.
     """
-    attentions = _attentions(model)
-    if site not in attentions:
-        raise EvaluationError(f"no attention site {site!r}; sites: {', '.join(attentions)}")
-    values, output = _values_to_output(model, image, site, query)
-    tokens = values.shape[-2]
+    if site not in (sites := _sites(model)):
+        raise EvaluationError(f"no attention site {site!r}; sites: {', '.join(sites)}")
+    attended = _attended(model, image, site)
+    tokens = attended.v.shape[-2]
     if not 0 <= query < tokens:
         raise EvaluationError(f"query {query} is not a token: the picture has tokens 0 to {tokens - 1}")
+    output = _output(model, site, attended, query)
     with torch.enable_grad():
-        v = values.detach().requires_grad_()
+        v = attended.v.detach().requires_grad_()
         out = output(v)
         squares = torch.zeros(v.shape[1:3], dtype=torch.float64, device=v.device)
         for channel in range(out.shape[-1]):  # heads do not mix in a core, so one pass serves them all

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -74,12 +73,25 @@ class CalibrationResult(Frozen):
 
 
 @dataclass
+class _Received:
+    """What a module was called with, beside which grid."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    grid: tuple[int, int] | None
+
+
+@dataclass
 class _Piece:
-    """A few images of one shape on their way through the blocks: the host's stream and the converted one, (B, N, C)."""
+    """A few images of one shape on their way through the blocks: the host's stream and the converted one, (B, N, C).
+
+    `beside` is what each block gets beside its hidden tokens: rotary positions, say.
+    """
 
     grid: tuple[int, int] | None
     host: Tensor
     converted: Tensor
+    beside: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 class _Left(Exception):
@@ -117,24 +129,22 @@ def _stand(attention: Any, *, leave: bool = False) -> Iterator[_Stand]:
         attention.core = core
 
 
-def _first_input(model: Callable[[Tensor], Any], module: nn.Module, images: Tensor) -> Tensor:
-    """What `module` receives when the model sees `images`."""
+@contextmanager
+def _receiving(modules: Iterable[nn.Module], note: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Iterator[None]:
+    """Call `note(args, kwargs)` before each of the modules runs; it may raise `_Left`."""
 
-    def leave(module: nn.Module, args: tuple[Any, ...]) -> None:
-        caught.append(args[0])
-        raise _Left
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        note(args, kwargs)
 
-    caught: list[Tensor] = []
-    handle = module.register_forward_pre_hook(leave)
-    with suppress(_Left):
-        try:
-            model(images)
-        finally:
-            handle.remove()
-    return caught[0]
+    with ExitStack() as stack:
+        for module in modules:  # ahead of a hook by which a host's attention gets its CPE
+            stack.callback(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
+        with suppress(_Left):
+            yield
 
 
-_Example = tuple[tuple[Any, ...], Tensor]  # what a core is asked, and what the host answers
+_Question = tuple[Tensor, Tensor, Tensor, TokenLayout] | _Received  # q, k, v and layout; for CPE what the attention received
+_Example = tuple[_Question, Tensor]  # what a core is asked, and what the host answers
 
 
 class _Schedule:
@@ -166,7 +176,9 @@ class _Calibration:
     def __init__(self, model: nn.Module, config: CalibrationConfig, progress: Progress | None) -> None:
         self.model, self.config, self.progress = model, config, progress
         found = record(model)
-        self.blocks = family(found.family).blocks(model)
+        host = family(found.family)
+        self.run_model = host.runner(model)
+        self.blocks = host.blocks(model)
         self.sites: dict[str, Any] = {site: model.get_submodule(site) for site in found.sites}
         self.tracker = next(iter(self.sites.values())).tracker
         self.done = 0
@@ -188,50 +200,75 @@ class _Calibration:
     def _draw(self) -> int:
         return int(torch.randint(len(self.pieces), (1,), generator=self.draw))
 
-    def _run(self, block: nn.Module, piece: _Piece, hidden: Tensor) -> Tensor:
+    def _run(self, index: int, piece: _Piece, hidden: Tensor) -> Tensor:
+        """One block, on either stream."""
         self.tracker.grid = piece.grid
-        out: Tensor = block(hidden)
-        return out
+        args, kwargs = piece.beside[index]
+        out = self.blocks[index](hidden, *args, **kwargs)
+        whole: Tensor = out[0] if isinstance(out, tuple) else out
+        return whole
+
+    def _enter(self, images: Tensor) -> _Piece:
+        """Images (B, 3, h, w) on their way into the first block, and what the blocks get beside; nothing, or each its own."""
+        received: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            received.append((args, kwargs))
+            if (len(args) == 1 and not kwargs) or len(received) == len(self.blocks):
+                raise _Left
+
+        with _receiving(self.blocks, note):
+            self.run_model(images)
+        hidden = received[0][0][0]
+        beside = [(args[1:], kwargs) for args, kwargs in received]
+        return _Piece(self.tracker.grid, hidden, hidden, beside if len(beside) > 1 else beside * len(self.blocks))
 
     def fill_pool(self, images: Iterable[Tensor]) -> int:
         """Take the first `pool` images up to the first block; returns how many there were."""
         stream = (image for batch in batches(images, self.model) for image in batch)
         count = 0
         for same in _pieces(islice(stream, self.config.pool), self.config.batch):
-            hidden = _first_input(self.model, self.blocks[0], same)
-            self.pieces.append(_Piece(self.tracker.grid, hidden, hidden))
+            self.pieces.append(self._enter(same))
             count += len(same)
         return count
 
     def fit_sites(self) -> dict[str, SiteError]:
         """Fit the cores in forward order; both streams end as the last block's output."""
         errors: dict[str, SiteError] = {}
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
             inside = {site: a for site, a in self.sites.items() if any(module is a for module in block.modules())}
-            targets = [self._advance_host(block, inside, piece) for piece in self.pieces]
+            targets = [self._advance_host(index, inside, piece) for piece in self.pieces]
             for site, attention in inside.items():
-                questions = [self._question(block, attention, piece) for piece in self.pieces]
+                questions = [self._question(index, attention, piece) for piece in self.pieces]
                 errors[site] = self._fit(site, attention, list(zip(questions, (t[site] for t in targets), strict=True)))
             with torch.no_grad():
                 for piece in self.pieces:
-                    piece.converted = self._run(block, piece, piece.converted)
+                    piece.converted = self._run(index, piece, piece.converted)
         return errors
 
     @torch.no_grad()
-    def _advance_host(self, block: nn.Module, inside: dict[str, Any], piece: _Piece) -> dict[str, Tensor]:
+    def _advance_host(self, index: int, inside: dict[str, Any], piece: _Piece) -> dict[str, Tensor]:
         """The host's stream through one block; the attention outputs of the host on the way."""
         with ExitStack() as stack:
             stands = {site: stack.enter_context(_stand(attention)) for site, attention in inside.items()}
-            piece.host = self._run(block, piece, piece.host)
+            piece.host = self._run(index, piece, piece.host)
         return {site: stand.answer for site, stand in stands.items()}
 
     @torch.no_grad()
-    def _question(self, block: nn.Module, attention: Any, piece: _Piece) -> tuple[Any, ...]:
-        """What the core at `attention` is asked on the converted stream: q, k, v and layout; for CPE the attention's input."""
-        if attention.core.config.locality == "cpe":  # its convolution comes before the projections
-            return _first_input(partial(self._run, block, piece), attention, piece.converted), piece.grid
+    def _question(self, index: int, attention: Any, piece: _Piece) -> _Question:
+        """What the core at `attention` is asked on the converted stream; for CPE, whose place is before the projections, more."""
+        if attention.core.config.locality == "cpe":
+            received: list[_Received] = []
+
+            def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                received.append(_Received(args, kwargs, piece.grid))
+                raise _Left
+
+            with _receiving([attention], note):
+                self._run(index, piece, piece.converted)
+            return received[0]
         with _stand(attention, leave=True) as stand, suppress(_Left):
-            self._run(block, piece, piece.converted)
+            self._run(index, piece, piece.converted)
         return stand.question
 
     def _fit(self, site: str, attention: Any, examples: list[_Example]) -> SiteError:
@@ -257,16 +294,16 @@ class _Calibration:
         return math.sqrt(off / size)
 
 
-def _answer(attention: Any, question: tuple[Any, ...]) -> Tensor:
-    """The core's output for a question: q, k, v and layout, or the attention's whole input and its grid."""
-    if len(question) == 4:
+def _answer(attention: Any, question: _Question) -> Tensor:
+    """The core's output for a question."""
+    if not isinstance(question, _Received):
         out: Tensor = attention.core(*question)
         return out
     kept: list[Tensor] = []
     handle = attention.core.register_forward_hook(lambda module, args, output: kept.append(output))
-    x, attention.tracker.grid = question
+    attention.tracker.grid = question.grid
     try:
-        attention(x)
+        attention(*question.args, **question.kwargs)
     finally:
         handle.remove()
     return kept[0]

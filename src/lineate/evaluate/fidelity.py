@@ -13,8 +13,6 @@ Legend: B batch, N tokens, C channels.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 
 from lineate.convert import record
 from lineate.evaluate import EvaluationError, batches, evaluating
+from lineate.families import Attended, Features, Geometry, detect
 from lineate.mixers.base import Frozen
 
 
@@ -44,61 +43,50 @@ class Fidelity(Frozen):
 
 
 class _SiteErrors:
-    """Squared error and squared size of what enters each site's `proj`, summed over all that the two models saw."""
+    """Squared error and squared size of what enters each site's output projection, summed over all that the two models saw."""
 
-    def __init__(self, original: nn.Module, converted: nn.Module, sites: tuple[str, ...]) -> None:
-        self.host: dict[str, Tensor] = {}
+    def __init__(self, sites: tuple[str, ...]) -> None:
+        self.expected: dict[str, Tensor] = {}
         self.error, self.size = dict.fromkeys(sites, 0.0), dict.fromkeys(sites, 0.0)
-        self.handles = [
-            model.get_submodule(f"{site}.proj").register_forward_pre_hook(partial(note, site))
-            for model, note in ((original, self._host), (converted, self._converted))
-            for site in sites
-        ]
 
-    def _host(self, site: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.host[site] = args[0]
+    def host(self, site: str, attended: Attended) -> None:
+        """Note what the host has there."""
+        self.expected[site] = attended.out
 
-    def _converted(self, site: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        host = self.host.pop(site).double()
-        error = float((args[0].double() - host).square().sum())
+    def converted(self, site: str, attended: Attended) -> None:
+        """Compare what the converted model has there."""
+        host = self.expected.pop(site).double()
+        error = float((attended.out.double() - host).square().sum())
         if not error < float("inf"):
             raise EvaluationError(f"the converted model's activations are not finite; {site} went first")
         self.error[site] += error
         self.size[site] += float(host.square().sum())
 
     def relative(self) -> dict[str, float]:
+        """Relative error at each site."""
         tiny = torch.finfo(torch.float64).tiny
         return {site: (self.error[site] / max(self.size[site], tiny)) ** 0.5 for site in self.error}
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     return F.cosine_similarity(a.double(), b.double(), dim=-1)
 
 
-def _has_head(model: nn.Module) -> bool:
-    return int(getattr(model, "num_classes", 0) or 0) > 0
-
-
-def _compare_heads(original: Any, converted: Any, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    """Top-1 agreement (0 or 1) and KL in nats for each picture, from the two models' features (B, N, C)."""
-    host, ours = (m.forward_head(features).double().log_softmax(-1) for m, features in ((original, a), (converted, b)))
+def _compare_heads(host: Tensor, ours: Tensor) -> dict[str, Tensor]:
+    """Top-1 agreement (0 or 1) and KL in nats for each picture, from the two models' logits (B, classes)."""
+    host, ours = host.double().log_softmax(-1), ours.double().log_softmax(-1)
     kl = F.kl_div(ours, host, log_target=True, reduction="none").sum(-1)
     return {"agreement": (host.argmax(-1) == ours.argmax(-1)).double(), "kl": kl}
 
 
-def _compare(original: Any, converted: Any, images: Tensor) -> dict[str, Tensor]:
-    """Every figure for one batch, (B,) each, and `patches` (B, patch tokens)."""
-    a, b = (model.forward_features(images) for model in (original, converted))
-    patches_a, patches_b = a[:, original.num_prefix_tokens :], b[:, original.num_prefix_tokens :]
+def _compare(a: Features, b: Features, geometry: Geometry) -> dict[str, Tensor]:
+    """Every figure for one batch, (B,) each, and `patches` (B, patch tokens); `a` is the host's."""
+    patches_a, patches_b = a.tokens[:, geometry.prefix :], b.tokens[:, geometry.prefix :]
     found = {"patches": _cosine(patches_a, patches_b), "pooled": _cosine(patches_a.double().mean(1), patches_b.double().mean(1))}
-    if getattr(original, "cls_token", None) is not None:
-        found["class"] = _cosine(a[:, 0], b[:, 0])
-    if _has_head(original) and _has_head(converted):
-        found |= _compare_heads(original, converted, a, b)
+    if geometry.class_token:
+        found["class"] = _cosine(a.tokens[:, 0], b.tokens[:, 0])
+    if a.logits is not None and b.logits is not None:
+        found |= _compare_heads(a.logits, b.logits)
     return found
 
 
@@ -111,18 +99,18 @@ def fidelity(original: nn.Module, converted: nn.Module, images: Iterable[Tensor]
     """
     tokens, count, worst = 0, 0, float("inf")
     totals: dict[str, float] = {}
-    sites = _SiteErrors(original, converted, record(converted).sites)
-    try:
-        with evaluating(original, converted):
-            for batch in batches(images, original):
-                found = _compare(original, converted, batch)
-                count += len(batch)
-                tokens += found["patches"].numel()
-                worst = min(worst, float(found["patches"].mean(1).min()))
-                for name, figures in found.items():
-                    totals[name] = totals.get(name, 0.0) + float(figures.sum())
-    finally:
-        sites.remove()
+    done = record(converted)
+    host, ours = detect(original), detect(converted)
+    geometry, sites = host.geometry(original), _SiteErrors(done.sites)
+    watching = host.watch(original, done.sites, sites.host), ours.watch(converted, done.sites, sites.converted)
+    with evaluating(original, converted), watching[0], watching[1]:
+        for batch in batches(images, original):
+            found = _compare(host.features(original, batch), ours.features(converted, batch), geometry)
+            count += len(batch)
+            tokens += found["patches"].numel()
+            worst = min(worst, float(found["patches"].mean(1).min()))
+            for name, figures in found.items():
+                totals[name] = totals.get(name, 0.0) + float(figures.sum())
     means = {name: total / (tokens if name == "patches" else count) for name, total in totals.items()}
     return Fidelity(
         images=count,

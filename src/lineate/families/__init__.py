@@ -6,11 +6,22 @@ import importlib
 
 from torch import nn
 
-from lineate.families.base import AttentionSite, Family, GridTracker, UnsupportedModelError
+from lineate.families.base import (
+    Attended,
+    AttentionSite,
+    Family,
+    Features,
+    Geometry,
+    GridTracker,
+    UnsupportedModelError,
+)
+from lineate.families.hf_types import HOLDERS, TOWERS
 
 # library -> where its Family stands; a plain dict so that the list can be read, strings so that nothing is imported.
 FAMILIES: dict[str, str] = {
     "timm": "lineate.families.timm_vit:TimmViT",
+    "transformers": "lineate.families.hf_vit:TransformersViT",
+    "lineate": "lineate.families.dit:LineateDiT",
 }
 
 
@@ -41,7 +52,20 @@ def _reason(model: nn.Module) -> str:
             return f"{name} attends inside windows, which is linear already"
     if type(model).__name__ == "NaFlexVit":
         return "embeds packs pictures into padded sequences under an attention mask, which only softmax can honour"
+    if found := getattr(getattr(model, "config", None), "model_type", None):
+        return f"{found!r} is not one of transformers' model types that can be: {', '.join(TOWERS + HOLDERS)}"
     return f"not a plain vision transformer of a supported library ({', '.join(FAMILIES)})"
 
 
-__all__ = ["FAMILIES", "AttentionSite", "Family", "GridTracker", "UnsupportedModelError", "detect", "family"]
+__all__ = [
+    "FAMILIES",
+    "Attended",
+    "AttentionSite",
+    "Family",
+    "Features",
+    "Geometry",
+    "GridTracker",
+    "UnsupportedModelError",
+    "detect",
+    "family",
+]

@@ -9,6 +9,8 @@ Legend: B batch, N tokens, C channels, h×w grid.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -34,14 +36,57 @@ class AttentionSite:
     kind: Literal["self", "joint"] = "self"
     refusal: str | None = None
 
+    @property
+    def block(self) -> str:
+        """The name of the block that holds the site: its own name up to the block's number."""
+        parts = self.name.split(".")
+        return ".".join(parts[: max(i for i, part in enumerate(parts) if part.isdecimal()) + 1])
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What pictures a host takes and what its tokens are. Sizes are (height, width) in px; `image` is the host's own, if known.
+
+    `any_size`: whether it takes every multiple of the patch, or `image` alone. Of the `prefix` tokens before the patches the
+    first is the class token if `class_token`.
+    """
+
+    patch: tuple[int, int]
+    image: tuple[int, int] | None
+    any_size: bool
+    prefix: int
+    class_token: bool
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a host makes of pictures: its tokens (B, N, C) after the last norm, and logits (B, classes) or None."""
+
+    tokens: Tensor
+    logits: Tensor | None
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What passed at a site: q, k, v (B, H, N, D) as they were mixed, and o (B, N, C) as it enters the output projection."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+
+
+Note = Callable[[str, Attended], None]
+
 
 class GridTracker:
     """Remembers the patch grid of the forward pass under way, and hands it to every core.
 
-    As a forward hook of the patchify convolution it reads h×w off the output. As a forward pre-hook of each block it tags the
-    block's input with that grid: when gradient checkpointing runs a block again, perhaps after a picture of another
-    shape went by, the tag tells which grid the input had. Blocks inside a checkpointed segment get new inputs in that second
-    run; they use the grid that the segment's first block, or the patchify convolution, found in the same backward pass.
+    As a forward hook of the patchify convolution it reads h×w off the output. As a forward pre-hook of each block, or of the
+    module in it that gets the block's input first, it tags that input with the grid: when gradient checkpointing runs a block
+    again, perhaps after a picture of another shape went by, the tag tells which grid the input had. Blocks inside a
+    checkpointed segment get new inputs in that second run; they use the grid that the segment's first block, or the patchify
+    convolution, found in the same backward pass.
     """
 
     def __init__(self, prefix: int = 0, suffix: int = 0) -> None:
@@ -122,3 +167,34 @@ class Family(ABC):
     @abstractmethod
     def build(self, description: dict[str, Any]) -> nn.Module:
         """The unconverted host that `describe` described, randomly initialised."""
+
+    @abstractmethod
+    def geometry(self, model: nn.Module) -> Geometry:
+        """What pictures `model` takes and what its tokens are; the same for a converted model."""
+
+    @abstractmethod
+    def statistics(self, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and std per channel of the pictures that the model was trained on; None where the model does not say."""
+
+    def runner(self, model: nn.Module) -> Callable[[Tensor], Any]:
+        """What runs the model on pictures (B, 3, h, w) of any size that it takes: the model itself where that is all."""
+        return model
+
+    @abstractmethod
+    def features(self, model: nn.Module, images: Tensor) -> Features:
+        """One forward pass over pictures (B, 3, h, w)."""
+
+    @abstractmethod
+    def watch(self, model: nn.Module, sites: Collection[str], note: Note) -> AbstractContextManager[None]:
+        """Call `note(site, attended)` at every forward pass of these sites, converted or not, while the context lasts.
+
+        Raises `UnsupportedModelError` for a site that cannot be looked into.
+        """
+
+    @abstractmethod
+    def softmax_kind(self, model: nn.Module) -> str:
+        """How the host's own softmax attention runs: "fused", "unfused" or "mixed"."""
+
+    def sign(self, model: nn.Module, said: dict[str, Any]) -> None:
+        """Note on a converted model, where its own library saves it, what was done: JSON from which it can be done again."""
+        return None

@@ -12,21 +12,23 @@ Legend: B batch, N tokens, C channels.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import timm
 import torch
+from timm.data import resolve_model_data_config
 from timm.layers import Attention, AttentionRope, PatchDropout, PatchDropoutWithIndices
 from timm.models import Eva, VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import EvaAttention
-from torch import nn
+from torch import Tensor, nn
 
 from lineate.core import CoreAttention
-from lineate.families.base import AttentionSite, Family, GridTracker, UnsupportedModelError
+from lineate.families.base import AttentionSite, Family, Features, Geometry, GridTracker, Note, UnsupportedModelError
 from lineate.families.timm_attention import CONVERTIBLE, ConvertedAttention, head_dim
+from lineate.families.timm_watch import watch
 
 
 def _refusal(attention: Any) -> str | None:
@@ -137,6 +139,36 @@ class TimmViT(Family):
         classes = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
         by_hand: nn.Module = classes[description["class"]](**arguments)
         return by_hand
+
+    def geometry(self, model: Any) -> Geometry:
+        """Read off the patch embedding; any size with `dynamic_img_size`."""
+        embedding = model.patch_embed
+        return Geometry(
+            patch=tuple(embedding.patch_size),
+            image=tuple(embedding.img_size) if embedding.img_size is not None else None,
+            any_size=bool(getattr(model, "dynamic_img_size", True)),
+            prefix=model.num_prefix_tokens,
+            class_token=getattr(model, "cls_token", None) is not None,
+        )
+
+    def statistics(self, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Those of the pretrained weights that the model was made for; ImageNet's where it does not say."""
+        found = resolve_model_data_config(model)
+        return tuple(found["mean"]), tuple(found["std"])
+
+    def features(self, model: Any, images: Tensor) -> Features:
+        """`forward_features`, and `forward_head` of a model with classes."""
+        tokens = model.forward_features(images)
+        return Features(tokens, model.forward_head(tokens) if int(getattr(model, "num_classes", 0) or 0) > 0 else None)
+
+    def watch(self, model: nn.Module, sites: Collection[str], note: Note) -> AbstractContextManager[None]:
+        """See `timm_watch.py`."""
+        return watch(model, sites, note)
+
+    def softmax_kind(self, model: nn.Module) -> str:
+        """By the attentions' own flags."""
+        flags = {bool(module.fused_attn) for module in model.modules() if hasattr(module, "fused_attn")}
+        return {frozenset({True}): "fused", frozenset({False}): "unfused"}.get(frozenset(flags), "mixed")
 
 
 def _settings(model: Any) -> dict[str, Any]:
