@@ -1,0 +1,107 @@
+"""The project's own DiT (`models/dit.py`), whose weights are the original's, SiT's or diffusers'.
+
+Its attention is timm's, at `blocks.{i}.attn`; tokens are the row-major grid of patches and nothing else. What takes its place is
+`timm_attention.py`'s. A denoiser answers latents, times and classes: what asks a host about pictures is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from lineate.core import CoreAttention
+from lineate.families.base import AttentionSite, Family, Features, Geometry, GridTracker, Note, UnsupportedModelError
+from lineate.families.timm_attention import CONVERTIBLE, ConvertedAttention, head_dim
+from lineate.families.timm_watch import watch
+from lineate.models.dit import DiT
+
+
+def _no_pictures(model: nn.Module) -> NoReturn:
+    raise UnsupportedModelError(f"{type(model).__name__} is a denoiser: it takes latents, times and classes, not pictures")
+
+
+class LineateDiT(Family):
+    """`lineate.models.dit.DiT`."""
+
+    name = "lineate"
+
+    def owns(self, model: nn.Module) -> bool:
+        """Whether `model` is a `DiT`."""
+        return isinstance(model, DiT)
+
+    def check(self, model: nn.Module) -> None:
+        """Nothing outside the attentions stands in the way."""
+        return None
+
+    def sites(self, model: Any) -> list[AttentionSite]:
+        """One site a block, `blocks.{i}.attn`."""
+        sites = []
+        for index, block in enumerate(model.blocks):
+            known = type(block.attn) in CONVERTIBLE
+            refusal = None if known else f"its attention is {type(block.attn).__name__}, not timm's Attention"
+            heads, dim = (block.attn.num_heads, head_dim(block.attn)) if known else (0, 0)
+            sites.append(AttentionSite(f"blocks.{index}.attn", heads, dim, heads * dim, refusal=refusal))
+        return sites
+
+    def blocks(self, model: Any) -> list[nn.Module]:
+        """`model.blocks`."""
+        return list(model.blocks)
+
+    def track(self, model: Any) -> GridTracker:
+        """Hook the patchify convolution and every block."""
+        tracker = GridTracker()
+        model.x_embedder.proj.register_forward_hook(tracker)
+        for block in model.blocks:
+            block.register_forward_pre_hook(tracker.enter_block)
+        return tracker
+
+    def install(self, model: nn.Module, site: AttentionSite, core: CoreAttention, tracker: GridTracker) -> None:
+        """Put a `ConvertedAttention` in the place of the host's."""
+        model.set_submodule(site.name, ConvertedAttention(model.get_submodule(site.name), core, tracker))
+
+    def drop_class_token(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        """It has none."""
+        return {}
+
+    def describe(self, model: Any) -> dict[str, Any] | None:
+        """Its arguments, where they still make the same modules."""
+        description = {"arguments": model.arguments}
+        with torch.device("meta"):
+            twin = self.build(description)
+        same = type(model) is DiT and repr(twin) == repr(model)
+        return description if same else None
+
+    def build(self, description: dict[str, Any]) -> nn.Module:
+        """`DiT` with these arguments."""
+        return DiT(**description["arguments"])
+
+    def geometry(self, model: Any) -> Geometry:
+        """That of the latents, in their own px."""
+        patch = model.patch_size
+        own = (model.grid[0] * patch, model.grid[1] * patch)
+        return Geometry(patch=(patch, patch), image=own, any_size=True, prefix=0, class_token=False)
+
+    def statistics(self, model: nn.Module) -> None:
+        """Latents have none of their own."""
+        return None
+
+    def runner(self, model: nn.Module) -> Callable[[Tensor], Any]:
+        """Raises `UnsupportedModelError`."""
+        _no_pictures(model)
+
+    def features(self, model: nn.Module, images: Tensor) -> Features:
+        """Raises `UnsupportedModelError`."""
+        _no_pictures(model)
+
+    def watch(self, model: nn.Module, sites: Collection[str], note: Note) -> AbstractContextManager[None]:
+        """See `timm_watch.py`."""
+        return watch(model, sites, note)
+
+    def softmax_kind(self, model: nn.Module) -> str:
+        """By the attentions' own flags."""
+        flags = {bool(module.fused_attn) for module in model.modules() if hasattr(module, "fused_attn")}
+        return {frozenset({True}): "fused", frozenset({False}): "unfused"}.get(frozenset(flags), "mixed")
