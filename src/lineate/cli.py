@@ -39,10 +39,11 @@ def _expected() -> tuple[type[BaseException], ...]:
     from lineate.runs import RunError
     from lineate.settings import SettingsError
     from lineate.sources import SourceError
+    from lineate.train import TrainError
 
     return (
         CalibrationError, CheckpointError, ConversionError, DataError, EmbeddedModelError, EvaluationError, ImageError,
-        ReleasedError, ReportError, RunError, SettingsError, SourceError, UnsupportedModelError,
+        ReleasedError, ReportError, RunError, SettingsError, SourceError, TrainError, UnsupportedModelError,
         ValidationError, ModuleNotFoundError, OSError,
     )  # fmt: skip
 
@@ -53,7 +54,7 @@ def _line(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError):
         text += "; pip install '.[timm,train,cli]' in a clone"
     if _ran_out(error):
-        text = f"out of memory: {text}; try smaller sizes, --set calibration.batch=1, or a smaller calibration.pool"
+        text = f"out of memory: {text}; try smaller sizes, --set calibration.batch=1, a smaller calibration.pool or train.batch"
     return "; ".join(" ".join(part.split()) for part in (text, *getattr(error, "__notes__", ())))
 
 
@@ -84,12 +85,12 @@ class Commands(TyperGroup):
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-_SOURCE = "embedded, timm:NAME, timm:NAME@CHECKPOINT, or a directory saved by lineate"
+_SOURCE = "embedded, timm:NAME, timm:NAME@CHECKPOINT, transformers:NAME, or a directory saved by lineate"
 SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help=f"The model: {_SOURCE}.")]
 Preset = Annotated[str | None, typer.Option(help="Name of a conversion; `lineate presets` lists them (default: t5).")]
 DemoPreset = Annotated[str | None, typer.Option(help="Name of a conversion; `lineate presets` lists them (default: t5-plus).")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="One field, for example mixer.inner=2layer.")]
-Config = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Conversion and calibration whole; a run.json will do.")]
+Config = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Conversion, calibration, training; a run.json will do.")]
 Images = Annotated[Path, typer.Option(metavar="DIR", help="Folder of photographs, searched through; no labels.")]
 HeldOut = Annotated[Path | None, typer.Option(metavar="DIR", help="Photographs to measure on (default: every 5th of --images).")]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write, which must not exist.")]
@@ -105,14 +106,20 @@ StrictData = Annotated[bool, typer.Option("--strict-data", help="Stop at a pictu
 CropPct = Annotated[float | None, typer.Option(help="Share of the resized picture that is kept (default: the model's own).")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn (default: 0).")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Recipe = Annotated[str | None, typer.Option(help="Name of a training: t5, t5-freeze, t5-lora or deit (default: t5).")]
+Epochs = Annotated[float | None, typer.Option(metavar="N", help="Epochs, with the recipe's warm-up in proportion.")]
 
 
-def _settings(source: str, preset: str | None, config: Path | None, assignments: list[str] | None, seed: int | None) -> Settings:
+def _settings(
+    source: str, preset: str | None, config: Path | None, assignments: list[str] | None, seed: int | None, **training: Any
+) -> Settings:
     from lineate.checkpoint import read_record
     from lineate.settings import read_settings
 
     converted = read_record(source).conversion if source and Path(source).is_dir() else None
-    return read_settings(preset_name=preset, config=config, assignments=assignments or (), seed=seed, converted=converted)
+    return read_settings(
+        preset_name=preset, config=config, assignments=assignments or (), seed=seed, converted=converted, **training
+    )  # fmt: skip
 
 
 def _check_file(out: Path | None, overwrite: bool) -> None:
@@ -164,12 +171,17 @@ def linearize(
     source: SourceArgument, images: Images, out: Out, held_out: HeldOut = None, preset: Preset = None, config: Config = None,
     set_: Set = None, image_size: ImageSize = None, seed: Seed = None, sizes: Sizes = None, overwrite: Overwrite = False,
     device: Device = "cpu",
+    data: Annotated[str | None, typer.Option(metavar="DATA", help=f"Labelled images to train on: {_FORMS}.")] = None,
+    recipe: Recipe = None, epochs: Epochs = None,
 ) -> None:  # fmt: skip
-    """Convert, calibrate, measure fidelity, time, and write OUT/report.html beside OUT/model."""
+    """Convert, calibrate, with --data train, measure fidelity, time, and write OUT/report.html beside OUT/model."""
     from lineate.images import find_images
     from lineate.linearize import split
+    from lineate.settings import SettingsError
 
-    settings = _settings(source, preset, config, set_, seed)
+    if data is None and (recipe is not None or epochs is not None):
+        raise SettingsError(f"{'--recipe' if recipe is not None else '--epochs'} is for training, which needs --data")
+    settings = _settings(source, preset, config, set_, seed, trains=data is not None, recipe=recipe, epochs=epochs)
     photographs = tuple(find_images(images))
     if held_out is None:
         photographs, measured = split(photographs)
@@ -177,7 +189,38 @@ def linearize(
     else:
         measured = tuple(find_images(held_out))
     _run(_plan(settings, sizes, image_size, source=source, photographs=photographs, held_out=measured, out=out,
-               overwrite=overwrite, device=device))  # fmt: skip
+               overwrite=overwrite, device=device, data=data, train=settings.train))  # fmt: skip
+
+
+@app.command()
+def train(
+    source: SourceArgument, data: Data,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write, or to go on in with --resume.")],
+    held_out_data: Annotated[str | None, typer.Option(metavar="DATA", help="What to measure on (default: in --data).")] = None,
+    preset: Preset = None, recipe: Recipe = None, epochs: Epochs = None, config: Config = None, set_: Set = None,
+    calibrate_on: Annotated[Path | None, typer.Option(metavar="DIR", help="Photographs to calibrate on before.")] = None,
+    image_size: ImageSize = None, strict_data: StrictData = False, seed: Seed = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT's newest checkpoint.")] = False,
+    overwrite: Overwrite = False, device: Device = "cpu",
+) -> None:  # fmt: skip
+    """Convert, train on labelled images and measure top-1; on many devices: accelerate launch -m lineate train ..."""
+    from lineate.finetune import TrainPlan
+    from lineate.finetune import train as run_it
+    from lineate.images import find_images
+
+    settings = _settings(source, preset, config, set_, seed, trains=True, recipe=recipe, epochs=epochs)
+    assert settings.train is not None
+    plan = TrainPlan(
+        source, data, out, settings.conversion, settings.train, settings.calibration, held_out=held_out_data,
+        photographs=tuple(find_images(calibrate_on)) if calibrate_on is not None else (), preset=settings.preset,
+        recipe=settings.recipe, image_size=image_size if image_size is not None else settings.image_size,
+        strict=strict_data, resume=resume, overwrite=overwrite, device=device,
+    )  # fmt: skip
+    with screen() as shown:
+        figures = run_it(plan, say=shown.say, progress=shown.progress)
+    if figures is not None:
+        show_accuracy({str(out / "model"): figures}, None)
+        typer.echo(f"model: {out / 'model'}")
 
 
 @app.command()

@@ -7,8 +7,8 @@ whole, RUN/run.json says what it takes to repeat it.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from lineate import checkpoint, runs
 from lineate.calibrate import CalibrationConfig, CalibrationResult, Progress
 from lineate.convert import Conversion, record
 from lineate.data import check_classes
-from lineate.evaluate.top1 import Outcome, classes, processes
+from lineate.evaluate.top1 import Outcome, Top1, classes, processes
 from lineate.linearize import Clock, Pair, _nothing, check_readable, crops, describe, fit, load_pair, tensor_counts
 from lineate.train import checkpoints
 from lineate.train.classify import Splits, classify, open_splits
 from lineate.train.config import TrainConfig
+from lineate.train.data import Ordered
 from lineate.train.loop import FitResult
 
 Say = Callable[[str], None]
@@ -45,8 +46,6 @@ class TrainPlan:
     preset: str | None = None
     recipe: str | None = None
     image_size: int | None = None
-    image_column: str | None = None
-    label_column: str | None = None
     strict: bool = False
     resume: bool = False
     overwrite: bool = False
@@ -54,11 +53,10 @@ class TrainPlan:
     command: tuple[str, ...] = field(default_factory=lambda: tuple(runs.command_line()))
 
 
-def train(plan: TrainPlan, *, say: Say = _nothing, progress: Progress = _nothing) -> Path:
-    """Do the whole plan and return the path of run.json. `say` and `progress` are called by the first process alone.
+def train(plan: TrainPlan, *, say: Say = _nothing, progress: Progress = _nothing) -> Top1 | None:
+    """Do the whole plan and return the held-out accuracy; None in all processes but the first, which alone says anything.
 
-    Raises one of the package's own errors, one line each. What stood at `plan.out` is replaced, with `overwrite`, when
-    training begins.
+    Raises one of the package's own errors, one line each; then nothing is left at `plan.out` but what can be resumed.
     """
     clock = Clock()
     place = runs.find_device(plan.device)
@@ -69,32 +67,32 @@ def train(plan: TrainPlan, *, say: Say = _nothing, progress: Progress = _nothing
         check_folder(plan)
     if plan.photographs:
         check_readable(plan.photographs)
-    splits = open_splits(
-        plan.data, plan.held_out, strict=plan.strict, image_column=plan.image_column, label_column=plan.label_column
-    )
+    splits = open_splits(plan.data, plan.held_out, strict=plan.strict)
     say(f"loading {plan.source}")
     with clock("load"):
         pair = load_pair(plan.source, plan.conversion, image_size=plan.image_size)
     check_classes(splits.train, classes(pair.converted))
+    Ordered(len(splits.train), plan.train).steps(together.num_processes if together is not None else 1)
     pair.converted.to(together.device if together is not None else place)
     distills = plan.train.distill.logits or plan.train.distill.features
     with clock("calibrate"):
         calibration = _calibrate(plan, pair, say, progress)
-    _begin(plan, first)
-    if together is not None:
-        together.wait_for_everyone()
-    say(f"training on {len(splits.train)} pictures of {len(splits.train.classes)} classes")
-    with clock("train"):
-        result, outcome = classify(
-            pair.source, splits, plan.train, plan.out, original=pair.original if distills else None, resume=plan.resume,
-            about=_about(plan), say=say, progress=progress,
-        )  # fmt: skip
-    if first:
+    with _folder(plan, first):
+        if together is not None:
+            together.wait_for_everyone()
+        say(f"training on {len(splits.train)} pictures of {len(splits.train.classes)} classes")
+        with clock("train"):
+            result, outcome = classify(
+                pair.source, splits, plan.train, plan.out, original=pair.original if distills else None, resume=plan.resume,
+                about=_about(plan), say=say, progress=progress,
+            )  # fmt: skip
+        if not first:
+            return None
         if splits.train.skipped:
             say(f"skipped {len(splits.train.skipped)} unreadable: {', '.join(splits.train.skipped)}")
         checkpoint.save(pair.converted, plan.out / "model", overwrite=True)
         runs.write_json(plan.out / "run.json", _written(plan, pair, splits, calibration, result, outcome, clock))
-    return plan.out / "run.json"
+    return outcome.figures
 
 
 def check_folder(plan: TrainPlan) -> None:
@@ -118,14 +116,15 @@ def _calibrate(plan: TrainPlan, pair: Pair, say: Say, progress: Progress) -> Cal
     return fit(pair.converted, pool, plan.calibration, progress)
 
 
-def _begin(plan: TrainPlan, first: bool) -> None:
-    """Make the run's folder, with a history that marks it as one."""
+@contextmanager
+def _folder(plan: TrainPlan, first: bool) -> Iterator[None]:
+    """The run's folder, the old one or a new one, with a history that marks it as a run."""
     if not first or (plan.resume and plan.out.is_dir()):
+        yield
         return
-    if plan.out.exists():
-        shutil.rmtree(plan.out)
-    plan.out.mkdir(parents=True)
-    (plan.out / checkpoints.HISTORY).touch()
+    with runs.run_folder(plan.out, plan.overwrite):
+        (plan.out / checkpoints.HISTORY).touch()
+        yield
 
 
 def _about(plan: TrainPlan) -> dict[str, Any]:
@@ -145,7 +144,7 @@ def _written(
     data = {"train": plan.data, "held_out": plan.held_out or plan.data, "held_out_split": splits.held_out.split}
     about = describe(
         pair.source, pair.converted, plan.calibration if plan.photographs else None, preset=plan.preset, seed=plan.train.seed,
-        train=plan.train.model_dump(mode="json"), recipe=plan.recipe, data=data, image_size=pair.source.image_size,
+        train=plan.train.model_dump(mode="json"), image_size=pair.source.image_size,
     )  # fmt: skip
     results = {
         "tensors": tensor_counts(pair.converted),
@@ -154,4 +153,5 @@ def _written(
         "held_out": outcome.figures.model_dump(mode="json"),
         "images": {"train": len(splits.train), "held_out": len(splits.held_out), "skipped": splits.train.skipped},
     }
-    return about | {"command": list(plan.command), "seconds": clock.read(), "results": results}
+    asked = {"recipe": plan.recipe, "data": data, "command": list(plan.command)}
+    return about | asked | {"seconds": clock.read(), "results": results}

@@ -1,4 +1,4 @@
-"""The main job, start to finish: load -> convert -> calibrate -> measure fidelity -> time -> draw -> RUN/report.html.
+"""The main job, start to finish: load -> convert -> calibrate (-> train) -> measure fidelity -> time -> draw -> RUN/report.html.
 
 All that can be checked is checked before the first long step. RUN/model is saved as soon as it is calibrated, and stays
 whatever happens after; RUN/run.json, written near the end, marks a whole run and holds what it takes to repeat it.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -22,13 +22,19 @@ from lineate import checkpoint, pictures, runs
 from lineate.analysis import key_shift
 from lineate.calibrate import CalibrationConfig, CalibrationResult, Progress, calibrate
 from lineate.convert import Conversion, convert, record
+from lineate.data import check_classes
 from lineate.evaluate import EvaluationError
 from lineate.evaluate.cost import Cost, check_sizes, cost
 from lineate.evaluate.fidelity import Fidelity, fidelity
+from lineate.evaluate.top1 import classes, compare, prepare, top_k
 from lineate.families import detect
 from lineate.images import Crops, ImageError, centre_crop, open_image
 from lineate.report import render
 from lineate.sources import Source, load_source
+from lineate.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from lineate.train.classify import Splits
 
 SIZES_PX = (224, 448, 672, 1024)  # timed where nothing else is said, each rounded down to whole patches
 HELD_OUT_EVERY = 5
@@ -49,6 +55,7 @@ def _nothing(*_: object) -> None:
 class Plan:
     """All that `linearize` needs to know. `conversion` is None for a source that is converted already.
 
+    With `data`, labelled images, the model is trained as `train` says once it is calibrated.
     Sizes (h, w) and `image_size` are in px; None means the source's own size, and `SIZES_PX`.
     """
 
@@ -64,6 +71,8 @@ class Plan:
     seed: int = 0  # of the crops
     overwrite: bool = False
     device: str = "cpu"
+    data: str | None = None
+    train: TrainConfig | None = None
     command: tuple[str, ...] = field(default_factory=lambda: tuple(runs.command_line()))
 
 
@@ -140,7 +149,7 @@ def load_pair(text: str, conversion: Conversion | None, *, image_size: int | Non
         source.head.to(place)
     check_sizes(source.model, [(source.image_size, source.image_size)])
     if getattr(source.model, "lineate_record", None) is not None:
-        return Pair(source, checkpoint.original_of(source.model), source.model)
+        return Pair(source, copy.deepcopy(checkpoint.original_of(source.model)), source.model)  # training must not reach it
     original = copy.deepcopy(source.model)
     converted = convert(source.model, conversion or Conversion(), interpolated=source.interpolated)
     if record(converted).conversion.class_token == "drop":  # token by token, the cores are compared with what they stand for
@@ -179,11 +188,11 @@ def read_held_out(source: Source, paths: Sequence[Path]) -> tuple[dict[Path, Ten
     return images, skipped
 
 
-def choose_sizes(model: Any, sizes: Sequence[tuple[int, int]] | None, multiple: int) -> tuple[tuple[int, int], ...]:
+def choose_sizes(model: nn.Module, sizes: Sequence[tuple[int, int]] | None, multiple: int) -> tuple[tuple[int, int], ...]:
     """The sizes (h, w) in px to time at, checked; where none are said, `SIZES_PX`, or the one size that the model takes."""
-    if sizes is None and not getattr(model, "dynamic_img_size", True):
-        height, width = model.patch_embed.img_size
-        return ((height, width),)
+    geometry = detect(model).geometry(model)
+    if sizes is None and not geometry.any_size and geometry.image is not None:
+        return (geometry.image,)
     chosen = sizes or [(px // multiple * multiple,) * 2 for px in SIZES_PX]
     check_sizes(model, chosen)
     return tuple(chosen)
@@ -204,6 +213,7 @@ def linearize(plan: Plan, *, say: Say = _nothing, progress: Progress = _nothing)
         pair = load_pair(plan.source, plan.conversion, image_size=plan.image_size, device=plan.device)
     sizes = choose_sizes(pair.original, plan.sizes, pair.source.multiple)
     held_out, skipped = read_held_out(pair.source, plan.held_out)
+    splits = _splits(plan, pair)
     with runs.run_folder(plan.out, plan.overwrite):
         pool = crops(pair.source, plan.photographs, plan.calibration, plan.seed)
         say(f"calibrating {len(record(pair.converted).sites)} sites on {pool.count} crops of {len(pool.paths)} photographs")
@@ -212,6 +222,11 @@ def linearize(plan: Plan, *, say: Say = _nothing, progress: Progress = _nothing)
         with clock("calibrate"):
             calibration = fit(pair.converted, pool, plan.calibration, progress)
         checkpoint.save(pair.converted, plan.out / "model")
+        trained = {}
+        if splits is not None:
+            with clock("train"):
+                trained = _train(plan, pair, splits, say, progress)
+            checkpoint.save(pair.converted, plan.out / "model", overwrite=True)
         skipped |= pool.skipped
         if skipped:
             say(f"skipped {len(skipped)} unreadable: {', '.join(path.name for path in skipped)}")
@@ -232,6 +247,7 @@ def linearize(plan: Plan, *, say: Say = _nothing, progress: Progress = _nothing)
             "fidelity": after.model_dump(mode="json"),
             "cost": costs.model_dump(mode="json"),
             "key_shift": shift,
+            **trained,
             "images": {
                 "calibration": len(pool.paths) - len(pool.skipped),
                 "held_out": len(held_out),
@@ -239,10 +255,43 @@ def linearize(plan: Plan, *, say: Say = _nothing, progress: Progress = _nothing)
             },
         }
         done = {"seconds": clock.read(), "results": results, "pictures": [picture.model_dump() for picture in drawn]}
-        config = {"image_size": pair.source.image_size, "sizes": [list(size) for size in sizes]}
+        config: dict[str, Any] = {"image_size": pair.source.image_size, "sizes": [list(size) for size in sizes]}
+        if plan.train is not None:
+            config["train"] = plan.train.model_dump(mode="json")
         about = describe(pair.source, pair.converted, plan.calibration, preset=plan.preset, seed=plan.seed, **config)
-        runs.write_json(plan.out / "run.json", about | {"command": list(plan.command)} | done)
+        runs.write_json(plan.out / "run.json", about | {"command": list(plan.command), "data": plan.data} | done)
         return render(plan.out)
+
+
+def _splits(plan: Plan, pair: Pair) -> Splits | None:
+    """What to train on, checked against the model; None where nothing is trained."""
+    if plan.data is None or plan.train is None:
+        return None
+    from lineate.train.classify import open_splits  # late: what only training needs may not be installed
+    from lineate.train.data import Ordered
+
+    splits = open_splits(plan.data)
+    Ordered(len(splits.train), plan.train).steps(processes=1)
+    check_classes(splits.train, classes(pair.converted))
+    return splits
+
+
+def _train(plan: Plan, pair: Pair, splits: Splits, say: Say, progress: Progress) -> dict[str, Any]:
+    """Train the calibrated model, and measure it and its original on what was held out; the results of both."""
+    from lineate.train.classify import classify
+
+    assert plan.train is not None
+    say(f"measuring the original on {len(splits.held_out)} held-out pictures")
+    transform, batch = prepare(pair.source).transform(), plan.train.batch
+    before = top_k(pair.original, splits.held_out, transform, batch=batch, workers=plan.train.workers, progress=progress)
+    say(f"training on {len(splits.train)} pictures of {len(splits.train.classes)} classes")
+    result, after = classify(
+        pair.source, splits, plan.train, plan.out, original=pair.original, say=say, progress=progress
+    )  # fmt: skip
+    return {
+        "training": result.model_dump(mode="json"),
+        "held_out": compare(before, after).model_dump(mode="json"),
+    }
 
 
 def measure_uncalibrated(pair: Pair, images: Sequence[Tensor]) -> Fidelity | None:

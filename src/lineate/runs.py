@@ -1,7 +1,8 @@
 """What every run leaves behind: its folder, in one piece or not at all, and what it takes to repeat it.
 
 A folder that is there is only replaced with --overwrite and only if it holds a run and nothing else; it is put aside meanwhile
-and comes back if the new run fails. A run that fails leaves nothing, unless its model had been saved: that is kept.
+and comes back if the new run fails. A run that fails leaves nothing, unless its model or a checkpoint of its training had been
+saved: that is kept.
 """
 
 from __future__ import annotations
@@ -63,8 +64,10 @@ def run_folder(out: Path, overwrite: bool, parts: Sequence[str] = RUN_PARTS) -> 
         out.mkdir(parents=True)
         yield out
     except BaseException as error:
-        if (out / MODEL).is_file():
+        saved = (out / MODEL).is_file()
+        if saved:
             error.add_note(f"the model in {out / 'model'} is whole and was kept")
+        if saved or any((out / "checkpoints").glob("step_*")):
             shutil.rmtree(aside, ignore_errors=True)
         else:
             shutil.rmtree(out, ignore_errors=True)

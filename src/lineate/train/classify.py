@@ -27,13 +27,13 @@ class Splits:
     held_out: LabelledImages
 
 
-def open_splits(data: str, held_out: str | None = None, *, strict: bool = False, **columns: str | None) -> Splits:
+def open_splits(data: str, held_out: str | None = None, *, strict: bool = False) -> Splits:
     """The train split of `data`, and the held-out one of `held_out`, which is `data` where not said.
 
-    `columns` are `image_column` and `label_column`. Raises `DataError` also if the two are the same or differ in their classes.
+    Raises `DataError` also if the two are the same or differ in their classes.
     """
-    learned = open_data(data, split="train", strict=strict, **columns)
-    measured = open_data(held_out or data, split=None, strict=strict, **columns)
+    learned = open_data(data, split="train", strict=strict)
+    measured = open_data(held_out or data, split=None, strict=strict)
     if (learned.source, learned.split) == (measured.source, measured.split):
         raise DataError(f"{data} has no split to measure on, only {learned.split!r}; give one with --held-out-data")
     if learned.classes != measured.classes:

@@ -341,7 +341,8 @@ def _finish(run: _Run, model: nn.Module) -> None:
             vars(model).pop(left, None)
     if run.average is not None:
         model.load_state_dict(run.average.module.state_dict())
-    merge(model)
+    if run.config.protocol == "lora":
+        merge(model)
     model.requires_grad_(True).zero_grad()
     model.eval()
     for tracker in run.accelerator.trackers:

@@ -5,8 +5,6 @@ What is new is read from the model's ConversionRecord; a model without one (a ho
 
 from __future__ import annotations
 
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lineate.convert import ConversionRecord, core_modules, is_new
@@ -51,6 +49,8 @@ def _inject(model: nn.Module, config: Lora, new: set[str], seed: int) -> None:
     if unknown := [target for target in config.targets if not any(name.endswith(f".{target}") for name in targets)]:
         choices = sorted({name.rpartition(".")[2] for name in inside})
         raise TrainError(f"lora.targets: no linear layer is called {', '.join(unknown)}; choices: {', '.join(choices)}")
+    from peft import LoraConfig, inject_adapter_in_model  # late: it brings transformers along
+
     made = LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets)
     with left_alone():
         seed_all(derive(ADAPTER, seed))
@@ -59,6 +59,8 @@ def _inject(model: nn.Module, config: Lora, new: set[str], seed: int) -> None:
 
 def merge(model: nn.Module) -> None:
     """Add the LoRA updates to the weights they belong to and take their layers out, so that the model has its own names again."""
+    from peft.tuners.lora import LoraLayer
+
     for name, module in [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]:
         module.merge()
         model.set_submodule(name, module.get_base_layer())

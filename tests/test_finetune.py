@@ -1,0 +1,218 @@
+"""`lineate train`, from a source and labelled images to RUN/model: what it leaves, resumes and refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import lineate
+from lineate import linearize
+from lineate.cli import app
+from lineate.convert import is_new, record
+from lineate.evaluate.top1 import Top1
+from lineate.report.run import load_run
+from lineate.settings import SettingsError, read_settings
+from lineate.sources import Source
+from lineate.train.config import TrainConfig
+
+from .train.conftest import draw_pictures
+
+QUICK = ("--set", "train.batch=8", "--set", "train.workers=0", "--set", "train.tracker=none")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty pictures to learn from and twenty to measure on."""
+    folder = tmp_path_factory.mktemp("data")
+    draw_pictures(folder / "train")
+    draw_pictures(folder / "test", each=4)
+    return folder
+
+
+@pytest.fixture
+def saved(tmp_path: Path, tiny_vit: Callable[..., nn.Module]) -> Path:
+    """A converted classifier of five classes, as a SOURCE."""
+    return lineate.save(lineate.convert(tiny_vit()), tmp_path / "saved")
+
+
+@pytest.fixture
+def unconverted(monkeypatch: pytest.MonkeyPatch, tiny_vit: Callable[..., nn.Module]) -> str:
+    """A SOURCE that is not converted yet."""
+
+    def load(text: str, *, image_size: int | None = None) -> Source:
+        torch.manual_seed(0)
+        return Source(tiny_vit(), text, (0.5,) * 3, (0.5,) * 3, 32, 8)
+
+    monkeypatch.setattr(linearize, "load_source", load)
+    return "tiny"
+
+
+def call(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="lineate")
+
+
+def done(*arguments: Any) -> Any:
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refused(*arguments: Any) -> str:
+    result = call(*arguments)
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
+    lines = str(result.stderr).splitlines()
+    assert lines[-1].startswith("error: ") and "Traceback" not in result.output
+    return lines[-1]
+
+
+def equal(one: Path, other: Path) -> bool:
+    a, b = (lineate.load(path / "model").state_dict() for path in (one, other))
+    return all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+def test_from_a_source_to_a_trained_model(tmp_path: Path, unconverted: str, data: Path) -> None:
+    out = tmp_path / "run"
+    command = (
+        "train",
+        unconverted,
+        "--data",
+        data,
+        "--out",
+        out,
+        "--preset",
+        "t5-2layer",
+        "--recipe",
+        "t5-freeze",
+        "--epochs",
+        3,
+    )
+    result = done(*command, *QUICK, "--calibrate-on", data / "test", "--set", "calibration.steps=2", "--seed", 5)
+    assert "epoch 3/3: loss" in result.stderr and "calibrating 2 sites" in result.stderr
+    run = json.loads((out / "run.json").read_text())
+    held_out = Top1.model_validate(run["results"]["held_out"])
+    assert held_out.images == 20 and f"{100 * held_out.top1.value:.2f}" in result.stdout
+    training = run["results"]["training"]
+    assert (training["steps"], training["images"], len(training["history"])) == (15, 120, 3)
+    assert set(training["history"][-1]["metrics"]) == {"top1", "test_loss"}
+    config = TrainConfig.model_validate(run["config"]["train"])
+    assert (config.protocol, config.epochs, config.warmup_epochs, config.seed) == ("freeze", 3, 0.5, 5)
+    assert (run["preset"], run["recipe"], run["seed"], run["source"]) == ("t5-2layer", "t5-freeze", 5, "tiny")
+    assert run["results"]["calibration"]["steps"] == 4
+    model = lineate.load(out / "model")
+    assert record(model).conversion.mixer.model_dump()["inner"] == "2layer"
+    assert training["learning"] == sum(p.numel() for name, p in model.named_parameters() if is_new(name))
+    # A run.json says it all again.
+    again = tmp_path / "again"
+    done("train", unconverted, "--data", data, "--out", again, "--config", out / "run.json", "--calibrate-on", data / "test")
+    assert equal(out, again)
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path, saved: Path, data: Path) -> None:
+    command = ("train", saved, "--data", data, *QUICK, "--epochs", 2)
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    done(*command, "--out", whole)
+    done(*command, "--out", part, "--set", "train.max_steps=7")
+    assert not equal(whole, part)
+    assert "holds a run; pass --resume to go on with it, or --overwrite" in refused(*command, "--out", part)
+    assert "resuming from" in done(*command, "--out", part, "--resume").stderr
+    assert equal(whole, part)
+    assert len((part / "history.jsonl").read_text().splitlines()) == 3
+    assert "config.lr was" in refused(*command, "--out", part, "--resume", "--set", "train.lr=1")
+    done(*command, "--out", part, "--overwrite", "--set", "train.max_steps=1")
+    assert len((part / "history.jsonl").read_text().splitlines()) == 1
+    assert "give one of them" in refused(*command, "--out", part, "--overwrite", "--resume")
+
+
+def test_what_is_no_run_is_not_replaced(tmp_path: Path, saved: Path, data: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    for more in ((), ("--overwrite",), ("--resume",)):
+        refused("train", saved, "--data", data, "--out", tmp_path / "run", *more)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, saved: Path, data: Path) -> None:
+    out = tmp_path / "run"
+    command = ("train", saved, "--out", out, "--data")
+    two = tmp_path / "two"
+    for split in ("train", "test"):
+        draw_pictures(two / split, each=1)
+        for label in (2, 3, 4):
+            (two / split / f"class{label}" / "0.png").unlink()
+            (two / split / f"class{label}").rmdir()
+    assert "has 2 classes (class0, class1), and the model has 5 classes" in refused(*command, two)
+    assert "no split to measure on" in refused(*command, data / "train")
+    assert "are not those of" in refused(*command, data, "--held-out-data", two / "test")
+    assert "do not fill one step of 128" in refused(*command, data)
+    assert "no linear layer is called to_q" in refused(
+        *command, data, *QUICK, "--recipe", "t5-lora", "--set", 'train.lora.targets=["to_q"]'
+    )
+    assert "unknown recipe 'best'; choices: t5, t5-freeze" in refused(*command, data, "--recipe", "best")
+    assert "unknown field 'train.warmup'; choices: " in refused(*command, data, "--set", "train.warmup=1")
+    assert "--set mixer.inner" in refused(*command, data, "--set", "mixer.inner=2layer")
+    assert "no CUDA device" in refused(*command, data, "--device", "cuda") or torch.cuda.is_available()
+    assert not out.exists()
+
+
+def test_linearize_trains_after_it_calibrated(tmp_path: Path, unconverted: str, data: Path) -> None:
+    command = ("linearize", unconverted, "--images", data / "test", "--out", tmp_path / "run", "--sizes", "32")
+    quick = ("--set", "calibration.steps=2", "--set", "calibration.pool=4")
+    assert "--epochs is for training, which needs --data" in refused(*command, "--epochs", 1)
+    assert "train.lr cannot be set where nothing is trained" in refused(*command, "--set", "train.lr=1")
+    done(*command, *quick, *QUICK, "--data", data, "--epochs", 1, "--recipe", "t5-freeze")
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert load_run(tmp_path / "run").results.fidelity is not None
+    assert run["results"]["training"]["steps"] == 5
+    assert run["results"]["held_out"]["original"]["images"] == run["results"]["held_out"]["converted"]["images"] == 20
+    assert run["results"]["held_out"]["p"] <= 1 and run["config"]["train"]["protocol"] == "freeze"
+    done(*command, *quick, "--overwrite")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(tmp_path: Path, saved: Path, data: Path) -> None:
+    arguments = ["train", str(saved), "--data", str(data), "--out", str(tmp_path / "run"), *QUICK, "--epochs", "1"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "lineate"]
+    done_ = subprocess.run(
+        [*launcher, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done_.returncode == 0, done_.stderr
+    assert done_.stderr.count("epoch 1/1") == 1 and done_.stdout.count("model:") == 1
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (run["results"]["training"]["steps"], run["results"]["training"]["images"]) == (2, 32)
+    assert run["results"]["held_out"]["images"] == 20
+
+
+def test_settings_of_a_training() -> None:
+    set_ = ("train.augment.mixup=0.2", "train.batch=16", "train.distill.logits=1")
+    found = read_settings(trains=True, recipe="t5", epochs=6, assignments=set_, seed=3)
+    assert found.train is not None and found.recipe == "t5"
+    assert (found.train.epochs, found.train.warmup_epochs, found.train.batch, found.train.seed) == (6, 1, 16, 3)
+    assert (found.train.augment.mixup, found.train.augment.cutmix, found.train.distill.logits) == (0.2, 1.0, 1)
+    assert read_settings().train is None
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("train.augment.mixap=1", "unknown field 'train.augment.mixap'; choices: crop, "),
+        ("train.lr=-1", "train.lr: cannot be -1: input should be greater than 0"),
+        ("train.precision=fp8", "train.precision: unknown value 'fp8'; choices: 'no', 'bf16' or 'fp16'"),
+        ("train.batch=7", "train: batch must be even"),
+        ("train=fast", "train has fields, protocol, "),
+        ("train.lr.x=1", "train.lr is 2e-05 and has no fields"),
+    ],
+)
+def test_a_wrong_setting_names_its_choices(assignment: str, words: str) -> None:
+    with pytest.raises(SettingsError, match="^" + words.replace(".", r"\.")):
+        read_settings(trains=True, assignments=(assignment,))
