@@ -1,13 +1,16 @@
-"""Models from checkpoints that others released: the T⁵ authors' classification format, and its older variant.
+"""Models from checkpoints that others released: the T⁵ authors' classification formats, their DiT⁵, and the original DiT.
 
     tensor                                   shape                here
     blocks.{i}.attn.w1, .w2 (and .w3)        (1, H, D, D)         blocks.{i}.attn.core.mixer.w1 ... (H, D, D)
     blocks.{i}.attn.{q,k}_conv2d.*           (C, 1, 3, 3), (C,)   blocks.{i}.attn.core.{q,k}_conv.*
-    all others                               timm's names         the same
+    blocks.{i}.attn.qk_{scale,offset}_ttt    (1, 1, C, 2)         blocks.{i}.attn.core.{q,k}_{scale,offset} (H, D); DiT⁵ alone
+    all others                               timm's names, DiT's  the same
 
-The current format is SwiGLU with DWC-QK; the older one has w1 and w2 only and no convolutions, and is the 2-layer inner model.
-Both take the inner-product loss, instance-normed keys (ε 1), no class token, LayerNorm ε 1e-6, and end in the final norm, the
-mean over the tokens and the head. The geometry is read off the tensors, and every tensor must be used.
+The current classification format is SwiGLU with DWC-QK; the older one has w1 and w2 only and no convolutions, and is the 2-layer
+inner model. Both take the inner-product loss, instance-normed keys (ε 1), no class token, LayerNorm ε 1e-6, and end in the final
+norm, the mean over the tokens and the head. DiT⁵ is preset `dit5`: no tensor tells its neighborhood branch, and no source which
+of the two entries of a scale or offset is q's; the first is taken to be. The geometry is read off the tensors, and every tensor
+must be used.
 
 Source of these facts: `paper.md` of this project; arXiv 2605.02772. Legend: H heads, D head dim, C = H·D channels.
 """
@@ -15,12 +18,13 @@ Source of these facts: `paper.md` of this project; arXiv 2605.02772. Legend: H h
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,7 +35,11 @@ from lineate.checkpoint import disagreement, shapes
 from lineate.convert import Conversion, convert
 from lineate.mixers.ttt import TTTConfig
 
-WRAPPERS = ("model", "state_dict", "model_ema")  # the raw weights first: they are what the authors evaluate
+if TYPE_CHECKING:
+    from lineate.models.dit import DiT
+
+# "ema" is what trainers of denoisers store and evaluate; of a classifier's, the authors evaluate the raw weights.
+WRAPPERS = ("ema", "model", "state_dict", "model_ema")
 PREFIXES = ("module.", "_orig_mod.")
 
 
@@ -81,22 +89,63 @@ def unwrap(source: Any) -> dict[str, Tensor]:
 
 
 def from_released(source: str | Path | Mapping[str, Tensor]) -> nn.Module:
-    """The converted timm model of a released T⁵ classification checkpoint (a file or its contents), fp32, in eval mode.
+    """The converted model of a released T⁵ or DiT⁵ checkpoint (a file or its contents), fp32, in eval mode.
 
-    It takes pictures (B, 3, H, W) of any size divisible by the patch and gives the authors' logits.
+    A timm model takes pictures (B, 3, H, W) of any size divisible by the patch and gives the authors' logits; a `DiT` denoises.
     Raises `ReleasedError` naming every tensor that is missing, unexpected or misshapen; none is ever skipped.
     """
-    from timm.models import VisionTransformer
-
     tensors = unwrap(source) if isinstance(source, Mapping) else read_released(source)
-    model = convert(VisionTransformer(**_geometry(tensors)), _conversion(tensors))
+    kind = "DiT⁵" if "x_embedder.proj.weight" in tensors else "T⁵ classification"
+    model = _dit5(tensors) if kind == "DiT⁵" else _classifier(tensors)
     state = model.state_dict()
     released = {name: _released_name(name) for name in state}
     expected = {released[name]: _released_shape(name, tensor) for name, tensor in state.items()}
     if trouble := disagreement(expected, shapes(tensors)):
-        raise ReleasedError(f"not a T⁵ classification checkpoint: {trouble}")
-    model.load_state_dict({name: tensors[released[name]].reshape(state[name].shape) for name in state})
+        raise ReleasedError(f"not a {kind} checkpoint: {trouble}")
+    model.load_state_dict({name: _released_value(name, tensors[released[name]]).reshape(state[name].shape) for name in state})
     return model.eval()
+
+
+def load_dit(path: str | Path, *, num_heads: int | None = None) -> DiT:
+    """The unconverted `DiT` of an original or SiT checkpoint (raw, or of a training run, its EMA first), or of diffusers' folder.
+
+    `num_heads` is needed for a file whose width is none of the paper's. Raises `ReleasedError`.
+    """
+    from lineate.models.dit_weights import WeightsError, dit_from
+
+    grid = (16, 16)
+    file = Path(path)
+    if file.is_dir():
+        folder = file / "transformer" if (file / "transformer").is_dir() else file  # a pipeline's, or the model's own
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            num_heads, grid = config["num_attention_heads"], (config["sample_size"] // config["patch_size"],) * 2
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ReleasedError(f"{folder} is not a folder of diffusers' DiTTransformer2DModel: {error}") from error
+        file = folder / "diffusion_pytorch_model.safetensors"
+    try:
+        return dit_from(read_released(file), num_heads, grid)
+    except WeightsError as error:
+        raise ReleasedError(f"{file}: {error}") from error
+
+
+def _classifier(tensors: Mapping[str, Tensor]) -> nn.Module:
+    from timm.models import VisionTransformer
+
+    return convert(VisionTransformer(**_geometry(tensors)), _conversion(tensors))
+
+
+def _dit5(tensors: Mapping[str, Tensor]) -> nn.Module:
+    from lineate.models.dit import DiT
+    from lineate.models.dit_weights import WeightsError, geometry
+
+    start = tensors.get("blocks.0.attn.w1")
+    if start is None or start.ndim != 4:
+        raise ReleasedError("not a DiT⁵ checkpoint: no blocks.0.attn.w1 of 4 axes; an unconverted DiT is read by load_dit")
+    try:
+        return convert(DiT(**geometry(tensors, start.shape[1])), "dit5")
+    except (WeightsError, ValueError) as error:
+        raise ReleasedError(f"not a DiT⁵ checkpoint: {error}") from error
 
 
 def _conversion(tensors: Mapping[str, Tensor]) -> Conversion:
@@ -150,9 +199,20 @@ def _geometry(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
+_AFFINE = r"\.core\.([qk])_(scale|offset)$"
+
+
 def _released_name(name: str) -> str:
-    return re.sub(r"\.core\.mixer\.(w\d)$", r".\1", re.sub(r"\.core\.([qk])_conv\.", r".\1_conv2d.", name))
+    name = re.sub(r"\.core\.mixer\.(w\d)$", r".\1", re.sub(r"\.core\.([qk])_conv\.", r".\1_conv2d.", name))
+    return re.sub(_AFFINE, r".qk_\2_ttt", name)
 
 
 def _released_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
+    if re.search(_AFFINE, name):
+        return (1, 1, tensor.numel(), 2)
     return (1, *tensor.shape) if ".core.mixer." in name else tuple(tensor.shape)
+
+
+def _released_value(name: str, tensor: Tensor) -> Tensor:
+    found = re.search(_AFFINE, name)
+    return tensor[..., "qk".index(found[1])] if found else tensor
