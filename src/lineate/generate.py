@@ -125,7 +125,7 @@ def sample(made_by: Denoiser, labels: Sequence[int], seeds: Sequence[int], sampl
 
     reference = next(made_by.model.parameters())
     draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-    x = randn_tensor((len(labels), *made_by.shape), generator=draws, device=reference.device, dtype=torch.float32)
+    x: Tensor = randn_tensor((len(labels), *made_by.shape), generator=draws, device=reference.device, dtype=torch.float32)
     ask = _asker(made_by, torch.tensor(labels, device=reference.device), sampling)
     scheduler = make_scheduler(sampling, made_by.learned)
     with evaluating(made_by.model):
@@ -149,7 +149,8 @@ def _asker(made_by: Denoiser, labels: Tensor, sampling: Sampling) -> Callable[[T
 
     def ask(x: Tensor, t: Tensor) -> Tensor:
         output = predict(made_by.model, torch.cat((x, x)), t.to(x.device).expand(len(both)), both)
-        return guided(*output.chunk(2), sampling.guidance, channels)
+        with_class, without = output.chunk(2)
+        return guided(with_class, without, sampling.guidance, channels)
 
     return ask
 
