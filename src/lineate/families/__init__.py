@@ -21,6 +21,7 @@ from lineate.families.hf_types import HOLDERS, TOWERS
 FAMILIES: dict[str, str] = {
     "timm": "lineate.families.timm_vit:TimmViT",
     "transformers": "lineate.families.hf_vit:TransformersViT",
+    "diffusers": "lineate.families.diffusers_dit:DiffusersDiT",
     "lineate": "lineate.families.dit:LineateDiT",
 }
 
