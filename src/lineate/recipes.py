@@ -1,7 +1,8 @@
 """Whole training configurations by name. Each docstring gives its command, the time it takes, and the score to expect.
 
-`lineate train SOURCE --data D --out RUN --recipe NAME`; any field changes with `--set train.FIELD=VALUE`. Rates are the paper's
-per 512 images of a step, so a step may have any size. IMAGENET stands for the folder with train/ and val/.
+`lineate train SOURCE --data D --out RUN --recipe NAME`; any field changes with `--set train.FIELD=VALUE`. Rates are for steps of
+so many images as `lr_base_size` says and change in proportion, so a step may have any size. IMAGENET stands for the folder with
+train/ and val/.
 
 Source: Li et al., arXiv 2605.02772, Table 8 and its released code; Touvron et al., arXiv 2012.12877, for DeiT's own.
 """
@@ -55,12 +56,14 @@ def t5_lora() -> TrainConfig:
 def deit() -> TrainConfig:
     """DeiT from scratch, the softmax baseline that conversions inherit from; drop path 0.1 is the model's own setting.
 
+    SOURCE is a model with weights, so from scratch it is `fit` in Python; `experiments/small.py` does that in the small. DeiT
+    itself is trained with 1024 images a step, where these are its rates.
         accelerate launch -m lineate train SOURCE --data IMAGENET --out RUN --preset softmax --recipe deit --device cuda
 
     Time: not measured. Expected by the paper, with global average pooling: 72.05 (DeiT-T), 80.24 (DeiT-S).
     """
     return TrainConfig(
-        protocol="ft", epochs=300, batch=128, lr=5e-4, lr_base_size=512, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=5,
+        protocol="ft", epochs=300, batch=128, lr=1e-3, lr_base_size=1024, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=5,
         weight_decay=0.05, augment=DEIT_AUGMENT,
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from lineate.data import LabelledImages, open_data
 from lineate.train import TrainError
 from lineate.train.config import Augment, TrainConfig
 from lineate.train.data import Batch, ImageBatches, Key, Order, train_transform
+from lineate.train.kept import shift_and_flip
 
 from .conftest import GREY, draw_pictures
 
@@ -91,6 +92,42 @@ def test_pad_and_crop_moves_the_picture_by_at_most_the_padding(pictures: Labelle
     plain = torch.tensor(list(picture.tobytes())).view(32, 32, 3).permute(2, 0, 1) / 127.5 - 1
     distances = [(inner[:, y : y + 32, x : x + 32] - plain).abs()[:, 4:-4, 4:-4].max() for y in range(9) for x in range(9)]
     assert min(distances) < 1e-6
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pictures_that_are_only_moved_are_decoded_once(
+    folder: Path, small: Small, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, config = open_data(folder, split=None), small(augment=Augment(crop="pad", flip=1.0), workers=workers)
+    plain = torch.stack([torch.tensor(list(picture.tobytes())).view(32, 32, 3).permute(2, 0, 1) for picture, _ in data])
+    mirrored = torch.nn.functional.pad((plain / 127.5 - 1).flip(-1), (4, 4, 4, 4), value=-1)
+    read: list[int] = []
+    take = data.take
+    monkeypatch.setattr(data, "take", lambda index: read.append(index) or take(index))
+    whole = list(batches(data, config).stream(0, 10, 0, 1))
+    assert sorted(read) == list(range(40))
+    assert same(list(batches(data, config).stream(7, 10, 0, 1)), whole[7:]) and len(read) == 40
+    keys_ = [key for chosen in keys(batches(data, config), 0, 10) for key in chosen]
+    shown = torch.cat([batch.images for batch in whole])
+    assert torch.equal(torch.cat([batch.labels for batch in whole]), data.labels[[key.picture for key in keys_]])
+    places = set()
+    for key, image in zip(keys_, shown, strict=True):
+        shifts = mirrored[key.picture].unfold(1, 32, 1).unfold(2, 32, 1)  # (3, 9, 9, 32, 32)
+        off = (shifts - image[:, None, None]).abs().amax((0, 3, 4)).flatten()
+        assert off.min() < 1e-6
+        places.add(int(off.argmin()))
+    assert len(places) > 30
+    first, second = ([key.picture for key in keys_[part : part + 40]].index(3) + part for part in (0, 40))
+    assert not torch.equal(shown[first], shown[second])
+
+
+def test_flips_are_as_frequent_as_asked(pictures: LabelledImages, small: Small) -> None:
+    made = batches(pictures, small(augment=Augment(crop="pad", flip=0.25), epochs=20))
+    left = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    left[:, :, :16] = 255
+    kept = torch.cat([shift_and_flip(left.expand(40, -1, -1, -1), made.epoch(epoch), 0, 0.25) for epoch in range(20)])
+    flipped = (kept[:, 0, 16, 26] > 0).float().mean()
+    assert 0.18 < float(flipped) < 0.32  # 800 draws: the standard deviation is 0.015
 
 
 def test_a_corrupt_picture_is_replaced_and_named(tmp_path: Path, small: Small) -> None:

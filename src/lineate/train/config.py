@@ -20,7 +20,8 @@ Protocol = Literal["ft", "freeze", "lora"]
 class Augment(Frozen):
     """How labelled pictures are varied, by timm's transforms, mixup and cutmix; the default is a random resized crop and a flip.
 
-    `crop` "pad" cuts the picture's own size out of it with 4 px of black around it, as is done with pictures of 32 px. Of every
+    `crop` "pad" fits the picture to the model, centre cropped, puts 4 px of black around it and cuts the size out again, as is
+    done with pictures of 32 px; pictures that are but moved so are kept in memory, where they are few and small. Of every
     picture chosen, `repeats` variants stand in a row (repeated augmentation: an epoch then shows 1/repeats of the pictures).
     `mixup` and `cutmix` are the alphas of their beta distributions; 0 turns off. `mix_prob` is how often a batch is mixed at
     all, `mix_switch` how often by cutmix where both are on.
@@ -39,6 +40,11 @@ class Augment(Frozen):
     mix_prob: float = Field(1.0, ge=0, le=1)
     mix_switch: float = Field(0.5, ge=0, le=1)
     smoothing: float = Field(0.0, ge=0, lt=1)
+
+    @property
+    def moves_only(self) -> bool:
+        """Whether a picture is shifted and flipped and nothing else."""
+        return self.crop == "pad" and not (self.auto_augment or self.jitter or self.erasing)
 
     @property
     def mixes(self) -> bool:

@@ -18,14 +18,13 @@ from PIL.Image import Image
 from timm.data import auto_augment, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms import RandomCrop, Resize
+from torchvision.transforms import RandomCrop
 
 from lineate.data import LabelledImages
 from lineate.train import TrainError
 from lineate.train.config import Augment, TrainConfig
+from lineate.train.kept import PAD_PX, Kept, keep, shift_and_flip, square
 from lineate.train.randomness import ORDER, SAMPLE, derive, seed_all
-
-PAD_PX = 4
 
 
 class Batches(Protocol):
@@ -87,7 +86,7 @@ class ImageBatches(Ordered):
     ) -> None:
         super().__init__(len(data), config)
         self.data = data
-        self.shown = {"size": size, "mean": list(mean), "std": list(std)}
+        self.shown: dict[str, Any] = {"size": size, "mean": list(mean), "std": list(std)}
         self.variants = _Variants(data, train_transform(config.augment, size, mean, std), config.seed)
 
     def identity(self) -> dict[str, Any]:
@@ -96,10 +95,23 @@ class ImageBatches(Ordered):
         return {"source": data.source, "split": data.split, "pictures": len(data), "classes": list(data.classes)} | self.shown
 
     def stream(self, start: int, stop: int, process: int, processes: int) -> Iterator[Batch]:
-        """The batches of one process; one loader reads on through all epochs."""
+        """The batches of one process; one loader reads on through all epochs, unless the pictures are few and hardly varied."""
+        order = Order(self, start, stop, process, processes)
+        kept = keep(self.data, self.shown["size"]) if self.config.augment.moves_only else None
+        return self._loaded(order) if kept is None else self._moved(order, kept)
+
+    def _moved(self, order: Order, kept: Kept) -> Iterator[Batch]:
+        mean, std = (torch.tensor(self.shown[name]).view(3, 1, 1) for name in ("mean", "std"))
+        for keys in order:
+            pixels, labels = kept.take(self.data, [key.picture for key in keys])
+            moved = shift_and_flip(pixels, keys, self.config.seed, self.config.augment.flip)
+            batch = Batch((moved / 255 - mean) / std, labels)
+            yield Batch(*(tensor.pin_memory() for tensor in batch)) if torch.cuda.is_available() else batch
+
+    def _loaded(self, order: Order) -> Iterator[Batch]:
         loader = DataLoader(
             self.variants,
-            batch_sampler=Order(self, start, stop, process, processes),
+            batch_sampler=order,
             num_workers=self.config.workers,
             collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
@@ -167,7 +179,7 @@ def train_transform(augment: Augment, size: int, mean: Sequence[float], std: Seq
             if operation.aug_fn is auto_augment.posterize:
                 operation.aug_fn = _posterize
     if augment.crop == "pad":
-        made.transforms[:1] = [Resize(size), RandomCrop(size, padding=PAD_PX)]
+        made.transforms[:1] = [square(size), RandomCrop(size, padding=PAD_PX)]
     return made
 
 
