@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from torch import nn
 
@@ -23,7 +24,7 @@ from lineate.images import ImageError
 from lineate.linearize import Plan, split
 from lineate.report.run import load_run
 from lineate.runs import RunError, check_folder, run_folder, write_json
-from lineate.sources import Source
+from lineate.sources import Source, load_source
 
 QUICK = CalibrationConfig(steps=3, pool=4, batch=2)
 
@@ -120,6 +121,29 @@ def test_a_saved_directory_is_calibrated_on_and_measured_against_its_own_origina
     linearize.linearize(plan(tmp_path, photographs, conversion=None))
     run = load_run(tmp_path / "run")
     assert run.config.conversion["sites"] == ["blocks.1.attn"] and run.results.sites == ("blocks.1.attn",)
+
+
+@pytest.mark.parametrize("name", ["Dinov2ForImageClassification", "SiglipVisionModel"])
+def test_a_transformers_model_runs_from_start_to_finish(
+    tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    size = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
+    architecture = getattr(transformers, name)
+    host = architecture(architecture.config_class(**size))
+    host.config.image_mean, host.config.image_std = [0.5] * 3, [0.25] * 3  # told by the config where there is no processor
+    host.save_pretrained(tmp_path / "host")
+    monkeypatch.setattr(linearize, "load_source", load_source)
+    linearize.linearize(plan(tmp_path, photographs, source=f"transformers:{tmp_path / 'host'}"))
+    found = load_run(tmp_path / "run").results
+    assert len(found.sites) == 2 and set(found.key_shift) == set(found.sites)
+    assert found.cost is not None and [row.tokens for row in found.cost.rows] == [10 + ("Dino" in name), 16 + ("Dino" in name)]
+    assert (found.fidelity.class_cosine is None, found.fidelity.agreement is None) == ("Siglip" in name,) * 2
+    loaded = lineate.load(tmp_path / "run" / "model")
+    linearize.analyze(
+        str(tmp_path / "run" / "model"), photographs, tmp_path / "seen", image_size=None, device="cpu", overwrite=False
+    )  # fmt: skip
+    assert (tmp_path / "seen" / "pictures" / "attention.png").is_file()
+    assert isinstance(loaded, architecture) and loaded.config.model_type == f"lineate_{host.config.model_type}"
 
 
 def test_the_original_of_a_redrawn_model_is_gone(tiny_vit: Callable[..., nn.Module]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import nn
 
@@ -41,10 +43,11 @@ def tiny() -> nn.Module:
 
 
 @pytest.mark.parametrize("text", ["", "vit_tiny_patch16_224", "hub:x", "no/such/directory", "Embedded"])
-def test_an_unknown_form_names_the_four(text: str) -> None:
+def test_an_unknown_form_names_them_all(text: str) -> None:
     line = one_line(text)
     assert repr(text) in line
-    assert all(form in line for form in ("embedded", "timm:NAME,", "timm:NAME@CHECKPOINT", "a directory saved by lineate"))
+    forms = ("embedded", "timm:NAME,", "timm:NAME@CHECKPOINT", "transformers:NAME", "a directory saved by lineate")
+    assert all(form in line for form in forms)
 
 
 @pytest.mark.usefixtures("no_work")
@@ -167,6 +170,74 @@ def test_a_file_that_does_not_fit_is_one_clear_line(tmp_path: Path, tiny: nn.Mod
     assert "cannot be read" in one_line(f"timm:{NAME}@{file}")
     assert "is not there" in one_line(f"timm:{NAME}@{tmp_path / 'gone.pth'}")
     assert "no file after the @" in one_line(f"timm:{NAME}@")
+
+
+VISION = {
+    "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 48,
+    "image_size": 48, "patch_size": 16,
+}  # fmt: skip
+TEXT = {
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 99,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+PROCESSOR = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "size": {"shortest_edge": 90}}
+
+
+def of_transformers(folder: Path, name: str, processor: dict[str, Any] | None = None, **settings: Any) -> nn.Module:
+    """A random model in a directory, with its image processor's settings."""
+    architecture = getattr(transformers, name)
+    model = architecture(architecture.config_class(**settings)).eval()
+    model.save_pretrained(folder)
+    if processor is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "ViTImageProcessor"} | processor))
+    return model
+
+
+def test_transformers_model_brings_its_processors_statistics_and_keeps_them(tmp_path: Path) -> None:
+    processor = PROCESSOR | {"crop_size": {"height": 70, "width": 70}}
+    model = of_transformers(tmp_path / "host", "ViTForImageClassification", processor, **VISION, num_labels=5)
+    source = load_source(f"transformers:{tmp_path / 'host'}")
+    assert source.name == f"transformers:{tmp_path / 'host'}"
+    assert (source.mean, source.std) == ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    assert (source.image_size, source.multiple) == (64, 16)  # the crop's 70 px, in whole patches
+    picture = torch.randn(1, 3, 48, 48)
+    with torch.no_grad():
+        assert torch.equal(source.model(picture).logits, model(picture).logits)
+    checkpoint.save(convert(source.model), tmp_path / "saved")
+    again = load_source(str(tmp_path / "saved"))
+    assert (again.mean, again.std, again.image_size) == (source.mean, source.std, 48)
+
+
+def test_of_two_towers_the_one_that_sees_is_taken(tmp_path: Path) -> None:
+    model = of_transformers(
+        tmp_path, "SiglipModel", PROCESSOR | {"do_center_crop": False}, vision_config=VISION, text_config=TEXT
+    )
+    source = load_source(f"transformers:{tmp_path}")
+    assert type(source.model) is transformers.SiglipVisionModel and source.image_size == 80
+    picture = torch.randn(1, 3, 48, 48)
+    with torch.no_grad():
+        assert torch.equal(source.model(picture).pooler_output, model.get_image_features(picture).pooler_output)
+
+
+def test_what_transformers_cannot_give_is_one_clear_line(tmp_path: Path) -> None:
+    of_transformers(tmp_path / "bare", "Dinov2Model", **VISION)
+    assert "no image processor that tells the mean and std" in one_line(f"transformers:{tmp_path / 'bare'}")
+    assert "cannot read the configuration" in one_line(f"transformers:{tmp_path / 'gone'}")
+    assert "no name after transformers:" in one_line("transformers:")
+    model = of_transformers(tmp_path / "whole", "Dinov2Model", PROCESSOR, **VISION)
+    convert(model).save_pretrained(tmp_path / "converted")
+    assert "is converted already" in one_line(f"transformers:{tmp_path / 'converted'}")
+    checkpoint.save(model, tmp_path / "saved")
+    assert "set image_mean and image_std of model.config" in one_line(str(tmp_path / "saved"))
+    (tmp_path / "whole" / "model.safetensors").unlink()
+    assert "cannot get the weights" in one_line(f"transformers:{tmp_path / 'whole'}")
+
+
+def test_a_transformers_model_that_no_conversion_fits_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    of_transformers(tmp_path, "VideoMAEModel", PROCESSOR, **VISION)
+    (tmp_path / "model.safetensors").write_bytes(b"never read")
+    with pytest.raises(UnsupportedModelError, match="videomae"):
+        load_source(f"transformers:{tmp_path}")
 
 
 def test_directory_is_the_saved_model(tmp_path: Path) -> None:

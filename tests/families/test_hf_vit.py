@@ -1,4 +1,4 @@
-"""transformers' vision towers: identity, refusals, and everything torch and transformers do to a model around its forward pass."""
+"""transformers' vision towers: identity, refusals, and all that torch and transformers do to a model around its forward pass."""
 
 from __future__ import annotations
 
@@ -372,7 +372,7 @@ def test_key_shift_is_of_the_patches_keys_before_a_core() -> None:
     assert key_shift(converted, [x]) == pytest.approx(before)
     with torch.no_grad():
         host.model.layer[0].attention.k_proj.weight.zero_()  # rotary positions turn the bias, which alone would be one big shift
-    assert 0 < key_shift(host, [x])[list(before)[0]] < 1
+    assert 0 < key_shift(host, [x])[next(iter(before))] < 1
 
 
 def test_cost_counts_the_tokens_of_every_size() -> None:

@@ -356,6 +356,7 @@ class TransformersViT(Family):
         config = copy.copy(shared)
         config.__class__ = config_class(host_type(shared.model_type))
         config.lineate, config._attn_implementation_internal = said, IMPLEMENTATION  # nested configs are others' too
+        vars(config).pop("model_type", None)  # where one was read from a file it hides the class's
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and module.config is shared:
                 module.config = config
