@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lineate import checkpoint, sources
-from lineate.convert import convert, record
+from lineate.convert import PRESETS, convert, record
+from lineate.core import Neighborhood
 from lineate.families import UnsupportedModelError
 from lineate.sources import SourceError, load_source
 
@@ -250,6 +251,24 @@ def test_directory_is_the_saved_model(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(source.model(picture), model(picture))
     assert load_source(str(tmp_path / "m"), image_size=32).image_size == 32
+
+
+def test_a_directory_that_keeps_softmax_is_a_host_to_convert(tmp_path: Path) -> None:
+    model = timm.create_model(NAME, img_size=64, num_classes=3, dynamic_img_size=True).eval()
+    checkpoint.save(convert(model, "softmax"), tmp_path / "m")
+    source = load_source(str(tmp_path / "m"))
+    assert not hasattr(source.model, "lineate_record")
+    picture = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(source.model(picture), model(picture))
+    convert(source.model, "t5")
+
+
+def test_only_a_conversion_that_changes_nothing_keeps_softmax() -> None:
+    assert {name for name, conversion in PRESETS.items() if conversion.keeps_softmax} == {"softmax"}
+    changes: tuple[dict[str, Any], ...] = ({"inherit": "mlp"}, {"locality": "cpe"}, {"neighborhood": Neighborhood()})
+    assert not any(PRESETS["softmax"].model_copy(update=change).keeps_softmax for change in changes)
+    assert PRESETS["softmax"].model_copy(update={"outside": "exact", "sites": ("blocks.0.*",)}).keeps_softmax
 
 
 @pytest.mark.parametrize("size", [0, 15, 100])

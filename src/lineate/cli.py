@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from lineate.terminal import Screen, screen, show, show_accuracy, show_conversions, show_cost
 
 if TYPE_CHECKING:
+    from lineate.convert import Conversion
     from lineate.linearize import Plan
     from lineate.settings import Settings
 
@@ -113,13 +114,20 @@ Epochs = Annotated[float | None, typer.Option(metavar="N", help="Epochs, with th
 def _settings(
     source: str, preset: str | None, config: Path | None, assignments: list[str] | None, seed: int | None, **training: Any
 ) -> Settings:
-    from lineate.checkpoint import read_record
     from lineate.settings import read_settings
 
-    converted = read_record(source).conversion if source and Path(source).is_dir() else None
+    converted = _converted(source)
     return read_settings(
         preset_name=preset, config=config, assignments=assignments or (), seed=seed, converted=converted, **training
     )  # fmt: skip
+
+
+def _converted(source: str) -> Conversion | None:
+    """The conversion of a saved directory; None for a source that is still to be converted."""
+    from lineate.checkpoint import read_record
+
+    conversion = read_record(source).conversion if source and Path(source).is_dir() else None
+    return None if conversion is None or conversion.keeps_softmax else conversion
 
 
 def _check_file(out: Path | None, overwrite: bool) -> None:
@@ -232,7 +240,7 @@ def demo(
     """Linearize the embedded ViT-S/14 on photographs that Python packages ship; the default preset here is t5-plus."""
     from lineate.embedded import CALIBRATION_PHOTOS, HELD_OUT_PHOTOS, photographs
 
-    if preset is None and config is None and not Path(source).is_dir():
+    if preset is None and config is None and _converted(source) is None:
         preset = "t5-plus"
     settings = _settings(source, preset, config, set_, seed)
     _run(_plan(settings, sizes, image_size, source=source, photographs=tuple(photographs(CALIBRATION_PHOTOS)),
@@ -251,10 +259,10 @@ def convert(
     from lineate.linearize import describe, tensor_counts
     from lineate.sources import load_source
 
-    if Path(source).is_dir():
+    if _converted(source) is not None:
         from lineate.convert import ConversionError
 
-        raise ConversionError(f"{source} is a directory, and a saved one is converted already; choices: embedded, timm:NAME ...")
+        raise ConversionError(f"{source} is converted already; choices: embedded, timm:NAME ...")
     settings = _settings(source, preset, config, set_, seed)
     check_target(out.resolve(), overwrite)
     loaded = load_source(source)

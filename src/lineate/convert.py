@@ -18,8 +18,9 @@ from torch import nn
 from lineate.core import CoreAttention, CoreConfig, Neighborhood
 from lineate.families import AttentionSite, Family, UnsupportedModelError, detect
 from lineate.mixers.base import Frozen
+from lineate.mixers.hyena import HyenaConfig
 from lineate.mixers.linear import HedgehogConfig, LinearConfig, LiTConfig, ProjQKConfig
-from lineate.mixers.local import CLEARConfig, NeighborhoodConfig
+from lineate.mixers.local import CLEARConfig, NeighborhoodConfig, SlidingWindowConfig
 from lineate.mixers.softmax import SoftmaxConfig
 from lineate.mixers.ttt import TTTConfig
 
@@ -46,6 +47,11 @@ class Conversion(CoreConfig):
     def core(self) -> CoreConfig:
         """The part of the conversion that a core is built from."""
         return CoreConfig(**{name: getattr(self, name) for name in CoreConfig.model_fields})
+
+    @property
+    def keeps_softmax(self) -> bool:
+        """Whether the converted model is its host: softmax attention, nothing added to it, nothing drawn anew."""
+        return self.core().model_copy(update={"outside": "mixer"}) == PRESETS["softmax"].core() and self.inherit == "all"
 
 
 class TensorRecord(Frozen):
@@ -89,7 +95,7 @@ _DIT5 = _PAPER.model_copy(
 )
 
 # What a name stands for in the paper is written out, so that it stays when defaults move; names of other papers' operators
-# are the rows of its Tables 1 and 5.
+# are the rows of its Tables 1, 5 and 6.
 PRESETS: dict[str, Conversion] = {
     "softmax": Conversion(mixer=SoftmaxConfig(), key_norm="none", locality="none"),
     "t5": Conversion(outside="exact"),
@@ -108,6 +114,9 @@ PRESETS: dict[str, Conversion] = {
     "lit": Conversion(mixer=LiTConfig(), key_norm="none", locality="none", inherit="mlp"),
     "clear": Conversion(mixer=CLEARConfig(), key_norm="none", locality="none"),
     "neighborhood": Conversion(mixer=NeighborhoodConfig(), key_norm="none", locality="none"),
+    "swa": Conversion(mixer=SlidingWindowConfig(), key_norm="none", locality="none"),
+    "hyena-x": Conversion(mixer=HyenaConfig(variant="x"), key_norm="none", locality="none"),
+    "hyena-y": Conversion(mixer=HyenaConfig(variant="y"), key_norm="none", locality="none"),
 }
 
 

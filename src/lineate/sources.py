@@ -5,7 +5,8 @@ timm:NAME              timm's pretrained model, from the hub or its cache
 timm:NAME@CHECKPOINT   timm's architecture with weights from a local .safetensors, .pt or .pth file
 transformers:NAME      transformers' pretrained vision model, from the hub, its cache, or a directory made by save_pretrained;
                        of a model with a text tower the vision tower
-DIRECTORY              a checkpoint saved by lineate, converted already
+DIRECTORY              a checkpoint saved by lineate: converted already, or, if it keeps softmax, a host like any other, such as
+                       the baseline that `lineate train --preset softmax` leaves
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ def load_source(text: str, *, image_size: int | None = None) -> Source:
         return _transformers_source(text.removeprefix("transformers:"), image_size)
     if text and Path(text).is_dir():
         saved = checkpoint.load(text)
-        return _source(saved, str(text), image_size, *_statistics(saved, text), record(saved).names("interpolated"))
+        done = record(saved)
+        model = checkpoint.original_of(saved) if done.conversion.keeps_softmax else saved
+        return _source(model, str(text), image_size, *_statistics(saved, text), done.names("interpolated"))
     raise SourceError(f"unknown source {text!r}; choices: {FORMS}")
 
 
