@@ -33,6 +33,8 @@ OPTIONS: list[dict[str, object]] = [
     {"name": "hedgehog", "per_head": True},
     {"name": "clear", "radius": 2},
     {"name": "neighborhood", "window": 3},
+    {"name": "swa", "window": 2},
+    {"name": "hyena", "variant": "se"},
 ]
 MADE: dict[str, Callable[[], TokenMixer | CoreAttention]] = {
     **{name: partial(cls, cls.config_type(), HEADS, DIM) for name, cls in MIXERS.items()},

@@ -7,8 +7,16 @@ from typing import Annotated
 from pydantic import Field
 
 from lineate.mixers.base import TokenMixer
+from lineate.mixers.hyena import Hyena, HyenaConfig
 from lineate.mixers.linear import Hedgehog, HedgehogConfig, Linear, LinearConfig, LiT, LiTConfig, ProjQK, ProjQKConfig
-from lineate.mixers.local import CLEAR, CLEARConfig, NeighborhoodAttention, NeighborhoodConfig
+from lineate.mixers.local import (
+    CLEAR,
+    CLEARConfig,
+    NeighborhoodAttention,
+    NeighborhoodConfig,
+    SlidingWindow,
+    SlidingWindowConfig,
+)
 from lineate.mixers.softmax import Softmax, SoftmaxConfig
 from lineate.mixers.ttt import TTT, TTTConfig
 
@@ -21,10 +29,21 @@ MIXERS: dict[str, type[TokenMixer]] = {
     "lit": LiT,
     "clear": CLEAR,
     "neighborhood": NeighborhoodAttention,
+    "swa": SlidingWindow,
+    "hyena": Hyena,
 }
 
 MixerConfig = Annotated[
-    SoftmaxConfig | TTTConfig | LinearConfig | ProjQKConfig | HedgehogConfig | LiTConfig | CLEARConfig | NeighborhoodConfig,
+    SoftmaxConfig
+    | TTTConfig
+    | LinearConfig
+    | ProjQKConfig
+    | HedgehogConfig
+    | LiTConfig
+    | CLEARConfig
+    | NeighborhoodConfig
+    | SlidingWindowConfig
+    | HyenaConfig,
     Field(discriminator="name"),
 ]
 

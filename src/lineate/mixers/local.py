@@ -1,9 +1,11 @@
-"""Softmax attention among near tokens: CLEAR's discs, and neighborhood attention's windows. Neither has parameters.
+"""Softmax attention among near tokens: CLEAR's discs, neighborhood attention's windows, sliding windows. None has parameters.
 
-    o_i = softmax(q_i·K_S(i)ᵀ / √D)·V_S(i)     CLEAR: S(i) the disc Δy² + Δx² < r²;  neighborhood: a w×w window around i
+    o_i = softmax(q_i·K_S(i)ᵀ / √D)·V_S(i)     CLEAR: S(i) the disc Δy² + Δx² < r²;  neighborhood: a w×w window around i;
+                                               sliding: the w tokens before i and the w after it in raster order
 
 Tokens off the grid are seen by every query, and see everything themselves: they are few, so the cost stays linear in N.
-Sources: Liu et al., CLEAR, arXiv 2412.16112 (text tokens are its tokens off the grid); Hassani et al., arXiv 2204.07143.
+Sources: Liu et al., CLEAR, arXiv 2412.16112 (text tokens are its tokens off the grid); Hassani et al., arXiv 2204.07143;
+sliding windows are Diffusion Grafting's, arXiv 2506.05340.
 
 Legend: B batch, H heads, N tokens, D head dim, r radius, w window.
 """
@@ -104,3 +106,31 @@ class NeighborhoodAttention(TokenMixer):
         """Every grid token sees one full window."""
         window = self.config.window
         return _with_outside(layout.grid_tokens * min(window, layout.height) * min(window, layout.width), layout)
+
+
+class SlidingWindowConfig(Frozen):
+    """`window` tokens to either side, in raster order: Grafting's (4, 4)."""
+
+    name: Literal["swa"] = "swa"
+    window: int = Field(4, ge=1)
+
+
+class SlidingWindow(TokenMixer):
+    """Softmax attention in a window of the raster sequence, cut off at its ends. No parameters."""
+
+    config_type = SlidingWindowConfig
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
+        """(B, H, N, D) x 3 -> (B, H, N, D)."""
+        return attend_near(_in_raster, self.config.window + 1, q, k, v, layout)
+
+    def attended(self, layout: TokenLayout) -> int:
+        """For each offset in the window, the grid tokens that have a neighbour there."""
+        tokens = layout.grid_tokens
+        beside = sum(max(tokens - offset, 0) for offset in range(1, self.config.window + 1))
+        return _with_outside(tokens + 2 * beside, layout)
+
+
+def _in_raster(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, radius: int, first: int) -> Tensor:
+    """The grid as one row: tokens at a distance below `radius` along it."""
+    return radius_attention(q, k, v, 1, height * width, radius, first)
