@@ -1,7 +1,7 @@
 """Table 11: the learning rate of the new parameters, as a multiple of the inherited ones'.
 
     python experiments/table11.py --scale small --data ../shared/data/cifar10
-    python experiments/table11.py --scale fullthe commands at the paper's size: ImageNet, DeiT-T with GAP, 30 epochs a row
+    python experiments/table11.py --scale full     prints the commands at the paper's size: ImageNet, DeiT-T, 30 epochs a row
 
 The paper's DiT-S/2 column (1× 68.84, 2× 68.52 FID) belongs to class-conditional generation.
 """
