@@ -25,9 +25,10 @@ from lineate import checkpoint
 from lineate.convert import record
 from lineate.embedded import MEAN, STD, embedded_model
 from lineate.families import detect
-from lineate.released import ReleasedError, read_released
+from lineate.released import ReleasedError, load_dit, read_released
 
 FORMS = "embedded, timm:NAME, timm:NAME@CHECKPOINT, transformers:NAME, or a directory saved by lineate"
+DENOISERS = "dit:NAME@CHECKPOINT, or a directory saved by lineate"
 TOWERS = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}  # the part of transformers' two-tower models that sees
 RESAMPLED = ("pos_embed", "patch_embed.proj.weight")  # what timm's filter fits to another grid or patch
 
@@ -72,6 +73,36 @@ def load_source(text: str, *, image_size: int | None = None) -> Source:
         model = checkpoint.original_of(saved) if done.conversion.keeps_softmax else saved
         return _source(model, str(text), image_size, *_statistics(saved, text), done.names("interpolated"))
     raise SourceError(f"unknown source {text!r}; choices: {FORMS}")
+
+
+def load_denoiser(text: str) -> nn.Module:
+    """The denoiser that `text` names, on the CPU, in eval mode. Raises `SourceError`, or `CheckpointError` from a directory."""
+    if text.startswith("dit:"):
+        return _dit_source(text.removeprefix("dit:"))
+    if text and Path(text).is_dir():
+        saved = checkpoint.load(text)
+        if detect(saved).name not in ("lineate", "diffusers"):
+            raise SourceError(f"{text} holds a {type(saved).__name__}, which is no denoiser; choices: {DENOISERS}")
+        return saved
+    raise SourceError(f"unknown denoiser {text!r}; choices: {DENOISERS}")
+
+
+def _dit_source(text: str) -> nn.Module:
+    from lineate.models.dit import DIT_MODELS
+
+    name, _, file = text.partition("@")
+    if name not in DIT_MODELS:
+        raise SourceError(f"unknown DiT {name!r}; choices: {', '.join(DIT_MODELS)}")
+    if not file:
+        raise SourceError(f"no file after the @ of 'dit:{text}'; choices: {DENOISERS}")
+    try:
+        model = load_dit(file, num_heads=DIT_MODELS[name]["num_heads"])
+    except ReleasedError as error:
+        raise SourceError(str(error)) from error
+    for argument, asked in DIT_MODELS[name].items():
+        if model.arguments[argument] != asked:
+            raise SourceError(f"{file} is no {name}: its {argument} is {model.arguments[argument]}, not {asked}")
+    return model
 
 
 def _timm_source(text: str, image_size: int | None) -> Source:

@@ -97,5 +97,7 @@ def test_tensors_of_other_models_are_refused_by_name() -> None:
         to_diffusers({"blocks.0.attn.core.mixer.w1": torch.zeros(1)})
     with pytest.raises(WeightsError, match=r"no shape tells the heads of a width of 24; pass num_heads="):
         dit_from(tiny().state_dict())
+    with pytest.raises(WeightsError, match=r"not a DiT: hidden_size must be a multiple of 4 and of num_heads=5, got 24"):
+        dit_from(tiny().state_dict(), num_heads=5)
     with pytest.raises(WeightsError, match="not a square grid"):
         dit_from(tiny(input_size=(8, 4)).state_dict(), num_heads=3)

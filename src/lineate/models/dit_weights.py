@@ -100,11 +100,11 @@ def dit_from(tensors: Mapping[str, Tensor], num_heads: int | None = None, grid: 
     if any(name.startswith("transformer_blocks.") for name in tensors):
         tensors = from_diffusers(tensors, grid)
     arguments = geometry(tensors, num_heads)
-    with torch.device("meta"):
-        model = DiT(**arguments)
     try:
+        with torch.device("meta"):
+            model = DiT(**arguments)
         model.load_state_dict(dict(tensors), assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise WeightsError(f"not a DiT: {' '.join(str(error).split())}") from error
     return model.eval()
 
