@@ -18,9 +18,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from lineate import generate as module
+from lineate.autoencoder import GenerateError
 from lineate.generate import (
     Denoiser,
-    GenerateError,
     Sampling,
     denoiser,
     generate,

@@ -15,22 +15,22 @@ import torch
 from torch import Tensor, nn
 
 
-class AutoencoderError(ValueError):
-    """An autoencoder that is not there or not what it should be; the message names it."""
+class GenerateError(ValueError):
+    """Pictures that cannot be made, or an autoencoder that is not what it should be; the message names the value."""
 
 
 def load_autoencoder(folder: str | Path, device: torch.device | str = "cpu") -> nn.Module:
-    """The AutoencoderKL that `save_pretrained` wrote into `folder`, or into its sub-folder "vae". Raises `AutoencoderError`."""
+    """The AutoencoderKL that `save_pretrained` wrote into `folder`, or into its sub-folder "vae". Raises `GenerateError`."""
     from diffusers import AutoencoderKL
 
     found = next((path for path in (Path(folder), Path(folder) / "vae") if (path / "config.json").is_file()), None)
     if found is None:
-        raise AutoencoderError(f"{folder} holds no config.json; expected a directory that diffusers' save_pretrained wrote")
+        raise GenerateError(f"{folder} holds no config.json; expected a directory that diffusers' save_pretrained wrote")
     try:
         vae = AutoencoderKL.from_pretrained(found, local_files_only=True, use_safetensors=True)
     except Exception as error:  # whatever diffusers raises for a file that is missing, broken or another model's
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise AutoencoderError(f"{found} holds no AutoencoderKL that can be read: {reason}") from error
+        raise GenerateError(f"{found} holds no AutoencoderKL that can be read: {reason}") from error
     model: nn.Module = vae.eval().requires_grad_(False).to(device)
     return model
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from lineate.cli_generate import generate
 from lineate.terminal import Screen, screen, show, show_accuracy, show_conversions, show_cost
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def _expected() -> tuple[type[BaseException], ...]:
     """Errors that a user can cause or mend."""
     from pydantic import ValidationError
 
+    from lineate.autoencoder import GenerateError
     from lineate.calibrate import CalibrationError
     from lineate.checkpoint import CheckpointError
     from lineate.convert import ConversionError
@@ -43,8 +45,8 @@ def _expected() -> tuple[type[BaseException], ...]:
     from lineate.train import TrainError
 
     return (
-        CalibrationError, CheckpointError, ConversionError, DataError, EmbeddedModelError, EvaluationError, ImageError,
-        ReleasedError, ReportError, RunError, SettingsError, SourceError, TrainError, UnsupportedModelError,
+        CalibrationError, CheckpointError, ConversionError, DataError, EmbeddedModelError, EvaluationError, GenerateError,
+        ImageError, ReleasedError, ReportError, RunError, SettingsError, SourceError, TrainError, UnsupportedModelError,
         ValidationError, ModuleNotFoundError, OSError,
     )  # fmt: skip
 
@@ -85,6 +87,7 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(generate)
 
 _SOURCE = "embedded, timm:NAME, timm:NAME@CHECKPOINT, transformers:NAME, or a directory saved by lineate"
 SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help=f"The model: {_SOURCE}.")]
@@ -128,14 +131,6 @@ def _converted(source: str) -> Conversion | None:
 
     conversion = read_record(source).conversion if source and Path(source).is_dir() else None
     return None if conversion is None or conversion.keeps_softmax else conversion
-
-
-def _check_file(out: Path | None, overwrite: bool) -> None:
-    """Raise `RunError` if something stands at `out` that must not be replaced."""
-    from lineate.runs import RunError
-
-    if out is not None and out.exists() and not (overwrite and out.is_file()):
-        raise RunError(f"{out} exists; pass --overwrite to replace it" if out.is_file() else f"{out} is not a file")
 
 
 def _plan(settings: Settings, sizes: str | None, image_size: int | None, **rest: Any) -> Plan:
@@ -327,7 +322,7 @@ def bench(
     settings = _settings(source, preset, config, set_, None)
     wanted = parse_sizes(sizes) if sizes is not None else settings.sizes
     place = runs.find_device(device)
-    _check_file(out, overwrite)
+    runs.check_file(out, overwrite)
     with screen() as shown:
         pair = load_pair(source, settings.conversion, device=device)
         figures = measure_cost(pair, choose_sizes(pair.original, wanted, pair.source.multiple), shown.progress)
@@ -356,7 +351,7 @@ def evaluate(
     from lineate.evaluate import top1
     from lineate.sources import load_source
 
-    _check_file(out, overwrite)
+    runs.check_file(out, overwrite)
     place = runs.find_device(device)
     together = top1.processes(place)
     first = together is None or together.is_main_process

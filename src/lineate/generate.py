@@ -29,7 +29,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lineate.autoencoder import decode, fingerprint, to_bytes
+from lineate.autoencoder import GenerateError, decode, fingerprint, to_bytes
 from lineate.calibrate import Progress
 from lineate.evaluate import evaluating
 from lineate.mixers.base import Frozen
@@ -38,10 +38,6 @@ from lineate.train.diffusion import Ddpm, predict
 from lineate.train.randomness import IMAGE, derive
 
 ABOUT = "sampling.json"
-
-
-class GenerateError(ValueError):
-    """Pictures that cannot be made, or not there; the message names the value and the choices."""
 
 
 class Sampling(Frozen):

@@ -49,6 +49,12 @@ def check_folder(out: Path, overwrite: bool, parts: Sequence[str] = RUN_PARTS) -
         raise RunError(f"{out} holds {(foreign or found)[0]!r}, which is no part of a run; it is not overwritten")
 
 
+def check_file(out: Path | None, overwrite: bool) -> None:
+    """Raise `RunError` if something stands at `out` that must not be replaced."""
+    if out is not None and out.exists() and not (overwrite and out.is_file()):
+        raise RunError(f"{out} exists; pass --overwrite to replace it" if out.is_file() else f"{out} is not a file")
+
+
 @contextmanager
 def run_folder(out: Path, overwrite: bool, parts: Sequence[str] = RUN_PARTS) -> Iterator[Path]:
     """A new folder at `out` to write a run into; on an error, Ctrl-C included, see the module docstring.

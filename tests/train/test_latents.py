@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lineate.autoencoder import AutoencoderError, decode, encode, load_autoencoder, scale_shift, to_bytes, to_pixels
+from lineate.autoencoder import GenerateError, decode, encode, load_autoencoder, scale_shift, to_bytes, to_pixels
 from lineate.data import LabelledImages
 from lineate.train import TrainError
 from lineate.train.config import Augment, TrainConfig
@@ -116,12 +116,12 @@ def test_bytes_are_truncated_as_dits_are() -> None:
 
 
 def test_a_folder_without_an_autoencoder_is_refused(tmp_path: Path, vae: Any) -> None:
-    with pytest.raises(AutoencoderError, match=r"holds no config\.json"):
+    with pytest.raises(GenerateError, match=r"holds no config\.json"):
         load_autoencoder(tmp_path)
     vae.save_pretrained(tmp_path / "pipeline" / "vae")
     loaded = load_autoencoder(tmp_path / "pipeline")
     latents = torch.randn(1, 2, 4, 4)
     torch.testing.assert_close(decode(loaded, latents), decode(vae, latents))
     (tmp_path / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
-    with pytest.raises(AutoencoderError, match="no AutoencoderKL that can be read"):
+    with pytest.raises(GenerateError, match="no AutoencoderKL that can be read"):
         load_autoencoder(tmp_path / "pipeline")

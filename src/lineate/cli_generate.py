@@ -1,0 +1,78 @@
+"""`lineate generate`: pictures from a saved class-conditional model, as files, as one picture, or both."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lineate.terminal import screen
+
+MOST_COLUMNS = 16
+_RUN = "a directory saved by lineate, a run's folder that holds one, or dit:NAME@CHECKPOINT for an original"
+
+
+def generate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help=f"The model: {_RUN}.")],
+    classes: Annotated[str | None, typer.Option(metavar="N,...", help="Classes, taken in turn (default: all).")] = None,
+    grid: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Write all pictures there, as one.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write each picture there; goes on where it stopped.")] = None,
+    number: Annotated[int | None, typer.Option(min=1, help="How many pictures (default: 4 of each of --classes, or 16).")] = None,
+    scheduler: Annotated[str, typer.Option(help="ddpm, ddim, or flow for a model that learned a velocity.")] = "ddpm",
+    steps: Annotated[int, typer.Option(help="Steps of the scheduler.")] = 250,
+    guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance; 1 is none.")] = 4.0,
+    all_channels: Annotated[
+        bool, typer.Option("--all-channels", help="Guide every channel; default: the first 3, as DiT's sampler does.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures at a time, in each process.")] = 16,
+    vae: Annotated[Path | None, typer.Option(metavar="DIR", help="diffusers' AutoencoderKL, for a model of latents.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --grid.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Pictures of a class-conditional model; on many GPUs with --out: accelerate launch -m lineate generate ..."""
+    from lineate import runs
+    from lineate.autoencoder import GenerateError, load_autoencoder
+    from lineate.evaluate.top1 import processes
+    from lineate.generate import Sampling, denoiser
+    from lineate.generate import generate as make
+    from lineate.generate import grid as together
+    from lineate.sources import load_denoiser
+
+    if grid is None and out is None:
+        raise GenerateError("nothing to write; choices: --grid FILE.png, --out DIR, or both")
+    runs.check_file(grid, overwrite)
+    asked = {"scheduler": scheduler, "steps": steps, "guidance": guidance, "seed": seed}
+    sampling = Sampling.model_validate(asked | {"guided_channels": None if all_channels else 3})
+    place = runs.find_device(device)
+    shared = processes(place)
+    if shared is not None and out is None:
+        raise GenerateError("several processes need --out, a folder that all of them write into")
+    place, first = (place, True) if shared is None else (shared.device, shared.is_main_process)
+    with screen() as shown, tempfile.TemporaryDirectory() as scratch:
+        model = denoiser(load_denoiser(str(inside) if (inside := Path(run) / "model").is_dir() else run).to(place))
+        chosen = _numbers(classes) if classes is not None else list(range(model.classes))
+        count = number or (4 * len(chosen) if classes is not None else 16)
+        files = make(
+            model, out or Path(scratch), sampling, classes=chosen, number=count, batch=batch, accelerator=shared,
+            vae=load_autoencoder(vae, place) if vae is not None else None, progress=shown.progress if first else None,
+        )  # fmt: skip
+        if grid is not None and first:
+            grid.parent.mkdir(parents=True, exist_ok=True)
+            columns = len(chosen) if len(chosen) <= MOST_COLUMNS else min(MOST_COLUMNS, math.isqrt(count))
+            together(files, columns).save(grid)
+    if first:
+        typer.echo("; ".join(f"{what}: {path}" for what, path in (("pictures", out), ("grid", grid)) if path is not None))
+
+
+def _numbers(text: str) -> list[int]:
+    """Whole numbers between commas. Raises `GenerateError` for anything else."""
+    from lineate.autoencoder import GenerateError
+
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise GenerateError(f"classes are whole numbers between commas, as in 207,360; got {text!r}")
+    return [int(part) for part in parts]
