@@ -144,9 +144,12 @@ class StreamedImages(_Labelled, IterableDataset[Example]):
         stream.set_epoch(epoch)  # every step of `datasets` from stream to stream forgets it
 
     def __iter__(self) -> Iterator[Example]:
-        for row in self.stream:  # a row's position here is no name: every worker has its own
-            image, skipped = self._decode(row["image"], None)
-            yield Example(image, _checked(row["label"], len(self.classes), self.source), skipped)
+        return map(self.decode, self.stream)
+
+    def decode(self, row: Mapping[str, Any]) -> Example:
+        """A row of `stream` as an example; its position there is no name: every worker has its own."""
+        image, skipped = self._decode(row["image"], None)
+        return Example(image, _checked(row["label"], len(self.classes), self.source), skipped)
 
     def shuffled(self, seed: int, epoch: int, buffer: int = 10_000) -> StreamedImages:
         """Files in random order, and pictures drawn from a buffer of so many; the same for the same seed, epoch and buffer."""

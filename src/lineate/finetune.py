@@ -33,6 +33,7 @@ class TrainPlan:
     """All that `train` needs to know. `conversion` is None for a source that is converted already.
 
     `held_out` is the data to measure on where it is not a split of `data`; `photographs` are calibrated on first, if any.
+    With `stream`, so many pictures an epoch are read in passing.
     """
 
     source: str
@@ -46,6 +47,7 @@ class TrainPlan:
     preset: str | None = None
     recipe: str | None = None
     image_size: int | None = None
+    stream: int | None = None
     strict: bool = False
     resume: bool = False
     overwrite: bool = False
@@ -67,12 +69,12 @@ def train(plan: TrainPlan, *, say: Say = _nothing, progress: Progress = _nothing
         check_folder(plan)
     if plan.photographs:
         check_readable(plan.photographs)
-    splits = open_splits(plan.data, plan.held_out, strict=plan.strict)
+    splits = open_splits(plan.data, plan.held_out, stream=plan.stream, strict=plan.strict)
     say(f"loading {plan.source}")
     with clock("load"):
         pair = load_pair(plan.source, plan.conversion, image_size=plan.image_size)
     check_classes(splits.train, classes(pair.converted))
-    Ordered(len(splits.train), plan.train).steps(together.num_processes if together is not None else 1)
+    Ordered(splits.pictures, plan.train).steps(together.num_processes if together is not None else 1)
     pair.converted.to(together.device if together is not None else place)
     distills = plan.train.distill.logits or plan.train.distill.features
     with clock("calibrate"):
@@ -80,7 +82,7 @@ def train(plan: TrainPlan, *, say: Say = _nothing, progress: Progress = _nothing
     with _folder(plan, first):
         if together is not None:
             together.wait_for_everyone()
-        say(f"training on {len(splits.train)} pictures of {len(splits.train.classes)} classes")
+        say(f"training on {splits.pictures} pictures of {len(splits.train.classes)} classes")
         with clock("train"):
             result, outcome = classify(
                 pair.source, splits, plan.train, plan.out, original=pair.original if distills else None, resume=plan.resume,
@@ -151,7 +153,7 @@ def _written(
         "calibration": calibration.model_dump(mode="json") if calibration else None,
         "training": result.model_dump(mode="json"),
         "held_out": outcome.figures.model_dump(mode="json"),
-        "images": {"train": len(splits.train), "held_out": len(splits.held_out), "skipped": splits.train.skipped},
+        "images": {"train": splits.pictures, "held_out": len(splits.held_out), "skipped": splits.train.skipped},
     }
     asked = {"recipe": plan.recipe, "data": data, "command": list(plan.command)}
     return about | asked | {"seconds": clock.read(), "results": results}

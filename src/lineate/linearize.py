@@ -271,7 +271,7 @@ def _splits(plan: Plan, pair: Pair) -> Splits | None:
     from lineate.train.data import Ordered
 
     splits = open_splits(plan.data)
-    Ordered(len(splits.train), plan.train).steps(processes=1)
+    Ordered(splits.pictures, plan.train).steps(processes=1)
     check_classes(splits.train, classes(pair.converted))
     return splits
 
@@ -284,7 +284,7 @@ def _train(plan: Plan, pair: Pair, splits: Splits, say: Say, progress: Progress)
     say(f"measuring the original on {len(splits.held_out)} held-out pictures")
     transform, batch = prepare(pair.source).transform(), plan.train.batch
     before = top_k(pair.original, splits.held_out, transform, batch=batch, workers=plan.train.workers, progress=progress)
-    say(f"training on {len(splits.train)} pictures of {len(splits.train.classes)} classes")
+    say(f"training on {splits.pictures} pictures of {len(splits.train.classes)} classes")
     result, after = classify(
         pair.source, splits, plan.train, plan.out, original=pair.original, say=say, progress=progress
     )  # fmt: skip

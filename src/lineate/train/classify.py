@@ -10,35 +10,43 @@ from typing import Any
 from torch import nn
 
 from lineate.calibrate import Progress
-from lineate.data import DataError, LabelledImages, check_classes, open_data
+from lineate.data import DataError, LabelledImages, StreamedImages, check_classes, open_data, open_stream
 from lineate.evaluate.top1 import Outcome, classes, prepare, processes, top_k
 from lineate.sources import Source
 from lineate.train.config import TrainConfig
-from lineate.train.data import ImageBatches
+from lineate.train.data import Batches, ImageBatches
 from lineate.train.loop import FitResult, fit
 from lineate.train.objectives import objective
+from lineate.train.streams import StreamBatches
 
 
 @dataclass(frozen=True)
 class Splits:
-    """What is learned from, and what is measured on."""
+    """What is learned from, `pictures` of it an epoch, and what is measured on."""
 
-    train: LabelledImages
+    train: LabelledImages | StreamedImages
     held_out: LabelledImages
+    pictures: int
 
 
-def open_splits(data: str, held_out: str | None = None, *, strict: bool = False) -> Splits:
+def open_splits(data: str, held_out: str | None = None, *, stream: int | None = None, strict: bool = False) -> Splits:
     """The train split of `data`, and the held-out one of `held_out`, which is `data` where not said.
 
-    Raises `DataError` also if the two are the same or differ in their classes.
+    With `stream`, so many pictures an epoch are learned from in passing. Raises `DataError` also if the two splits are the same
+    or differ in their classes.
     """
-    learned = open_data(data, split="train", strict=strict)
+    learned: LabelledImages | StreamedImages
+    if stream is None:
+        learned = open_data(data, split="train", strict=strict)
+        pictures = len(learned)
+    else:
+        learned, pictures = open_stream(data, split="train", strict=strict), stream
     measured = open_data(held_out or data, split=None, strict=strict)
     if (learned.source, learned.split) == (measured.source, measured.split):
         raise DataError(f"{data} has no split to measure on, only {learned.split!r}; give one with --held-out-data")
     if learned.classes != measured.classes:
         raise DataError(f"the classes of {measured.source} are not those of {learned.source}")
-    return Splits(learned, measured)
+    return Splits(learned, measured, pictures)
 
 
 def classify(
@@ -60,7 +68,12 @@ def classify(
     check_classes(splits.train, classes(source.model))
     transform = prepare(source).transform()
     place = next(source.model.parameters()).device
-    batches = ImageBatches(splits.train, config, size=source.image_size, mean=source.mean, std=source.std)
+    shown: dict[str, Any] = {"size": source.image_size, "mean": source.mean, "std": source.std}
+    batches: Batches
+    if isinstance(splits.train, StreamedImages):
+        batches = StreamBatches(splits.train, config, splits.pictures, **shown)
+    else:
+        batches = ImageBatches(splits.train, config, **shown)
 
     def measure(model: nn.Module) -> Outcome:
         together = processes(place)

@@ -8,6 +8,7 @@ Global batch = batch · accumulate · processes. `s` counts optimiser steps.
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -124,7 +125,7 @@ class TrainConfig(Frozen):
     eval_epochs: int = Field(1, ge=0)
     log_steps: int = Field(50, ge=1)
     tracker: str = "tensorboard"
-    workers: int = Field(4, ge=0)
+    workers: int = Field(default_factory=lambda: min(4, os.cpu_count() or 1), ge=0)
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:

@@ -113,7 +113,7 @@ class ImageBatches(Ordered):
             self.variants,
             batch_sampler=order,
             num_workers=self.config.workers,
-            collate_fn=_collate,
+            collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else the loader draws from torch's own
         )
@@ -151,7 +151,8 @@ class _Variants(Dataset[tuple[Tensor, int, dict[str, str]]]):
         return self.transform(example.image), example.label, example.skipped
 
 
-def _collate(variants: list[tuple[Tensor, int, dict[str, str]]]) -> tuple[Batch, dict[str, str]]:
+def collate(variants: list[tuple[Tensor, int, dict[str, str]]]) -> tuple[Batch, dict[str, str]]:
+    """A batch of pictures (3, h, w) and their classes, and all that could not be read on the way."""
     skipped = {name: reason for _, _, found in variants for name, reason in found.items()}
     return Batch(torch.stack([image for image, _, _ in variants]), torch.tensor([label for _, label, _ in variants])), skipped
 
