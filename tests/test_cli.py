@@ -242,6 +242,7 @@ def test_set_changes_one_field_of_the_conversion_or_of_the_calibration() -> None
         return read_settings(preset_name=preset_name, assignments=assignments).conversion
 
     assert conversion() == PRESETS["t5"] and conversion(preset_name="t5-plus") == PRESETS["t5-plus"]
+
     def t5(**fields: Any) -> Conversion:
         return PRESETS["t5"].model_copy(update=fields)
 

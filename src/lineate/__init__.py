@@ -11,8 +11,7 @@ from lineate.checkpoint import load, save
 from lineate.convert import PRESETS, Conversion, ConversionRecord, convert, preset, record
 from lineate.layout import TokenLayout
 from lineate.released import from_released
-
-__version__ = "0.1.0"
+from lineate.version import __version__
 
 watch_for_transformers()
 
@@ -23,6 +22,7 @@ __all__ = [
     "Conversion",
     "ConversionRecord",
     "TokenLayout",
+    "__version__",
     "calibrate",
     "convert",
     "from_released",

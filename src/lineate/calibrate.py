@@ -29,12 +29,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lineate.convert import is_new, record
-from lineate.evaluate import batches, evaluating
+from lineate.evaluate import Progress, batches, evaluating
 from lineate.families import family
 from lineate.layout import TokenLayout
 from lineate.mixers.base import Frozen
-
-Progress = Callable[[int, int, str], None]
 
 
 class CalibrationError(ValueError):

@@ -13,7 +13,6 @@ import json
 import secrets
 import shutil
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from lineate.convert import ConversionRecord, convert, is_new, record
 from lineate.families import family
 from lineate.mixers.base import Frozen
+from lineate.version import __version__
 
 FORMAT = 1
 MANIFEST = "lineate.json"
@@ -86,7 +86,7 @@ def save(
         temporary.mkdir()
         save_torch_state_dict(stored, temporary, max_shard_size=max_shard_size)
         manifest = Manifest(
-            lineate=_version(),
+            lineate=__version__,
             kind="delta" if delta else "full",
             record=done,
             tied=tied,
@@ -182,13 +182,6 @@ def _some(items: Iterable[str]) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _version() -> str:
-    try:
-        return metadata.version("lineate")
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _digest(file: Path) -> str:

@@ -55,7 +55,7 @@ def _line(error: BaseException) -> str:
     """An error and its notes in one line."""
     text = str(error) or type(error).__name__
     if isinstance(error, ModuleNotFoundError):
-        text += "; pip install '.[timm,train,cli]' in a clone"
+        text += "; pip install '.[timm,diffusers,train,cli]' in a clone"
     if _ran_out(error):
         text = f"out of memory: {text}; try smaller sizes, --set calibration.batch=1, a smaller calibration.pool or train.batch"
     return "; ".join(" ".join(part.split()) for part in (text, *getattr(error, "__notes__", ())))

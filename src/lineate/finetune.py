@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from lineate import checkpoint, runs
-from lineate.calibrate import CalibrationConfig, CalibrationResult, Progress
+from lineate.calibrate import CalibrationConfig, CalibrationResult
 from lineate.convert import Conversion, record
 from lineate.data import check_classes
+from lineate.evaluate import Progress
 from lineate.evaluate.top1 import Outcome, Top1, classes, processes
 from lineate.linearize import Clock, Pair, _nothing, check_readable, crops, describe, fit, load_pair, tensor_counts
 from lineate.train import checkpoints

@@ -30,8 +30,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lineate.autoencoder import GenerateError, decode, fingerprint, to_bytes
-from lineate.calibrate import Progress
-from lineate.evaluate import evaluating
+from lineate.evaluate import Progress, evaluating
+from lineate.images import open_image
 from lineate.mixers.base import Frozen
 from lineate.models.dit import DiT
 from lineate.train.diffusion import Ddpm, predict
@@ -213,8 +213,6 @@ def read(file: Path) -> Tensor:
     """A picture as uint8 (3, h, w)."""
     from torchvision.transforms.functional import pil_to_tensor
 
-    from lineate.images import open_image
-
     found: Tensor = pil_to_tensor(open_image(file))
     return found
 
@@ -242,8 +240,9 @@ def _claim(out: Path, about: Mapping[str, Any]) -> None:
     """Write down how the pictures in `out` are made, or find that it says the same."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        strangers = any(out.glob("*.png"))  # asked first: another process writes pictures after its note alone
         if not (out / ABOUT).is_file():
-            if any(out.glob("*.png")):
+            if strangers:
                 raise GenerateError(f"{out} holds pictures and no {ABOUT} that says how they were made; choose another folder")
             partial = out / f".{secrets.token_hex(4)}"
             partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader
 
 from lineate import checkpoint, pictures, runs
 from lineate.analysis import key_shift
-from lineate.calibrate import CalibrationConfig, CalibrationResult, Progress, calibrate
+from lineate.calibrate import CalibrationConfig, CalibrationResult, calibrate
 from lineate.convert import Conversion, convert, record
 from lineate.data import check_classes
-from lineate.evaluate import EvaluationError
+from lineate.evaluate import EvaluationError, Progress
 from lineate.evaluate.cost import Cost, check_sizes, cost
 from lineate.evaluate.fidelity import Fidelity, fidelity
 from lineate.evaluate.top1 import classes, compare, prepare, top_k
@@ -32,6 +32,7 @@ from lineate.images import Crops, ImageError, centre_crop, open_image
 from lineate.report import render
 from lineate.sources import Source, load_source
 from lineate.train.config import TrainConfig
+from lineate.version import __version__
 
 if TYPE_CHECKING:
     from lineate.train.classify import Splits
@@ -348,7 +349,7 @@ def analyze(
         runs.write_json(
             out / "analysis.json",
             {
-                "lineate": _version(),
+                "lineate": __version__,
                 "source": source.name,
                 "command": runs.command_line(),
                 "created": runs.now(),
@@ -370,7 +371,7 @@ def describe(
     if calibration is not None:
         asked["calibration"] = calibration.model_dump(mode="json")
     return {
-        "lineate": _version(),
+        "lineate": __version__,
         "command": runs.command_line(),
         "created": runs.now(),
         "source": source.name,
@@ -379,12 +380,6 @@ def describe(
         "config": asked | config,
         "environment": runs.environment(next(model.parameters()).device),
     }
-
-
-def _version() -> str:
-    import lineate  # at run time: the package imports its modules, not the other way round
-
-    return lineate.__version__
 
 
 def tensor_counts(model: nn.Module) -> dict[str, dict[str, int]]:

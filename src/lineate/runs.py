@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from lineate.evaluate.cost import device_name
+
 MODEL = "model/lineate.json"  # there once the model is saved whole
 RUN_PARTS = ("model", "run.json", "pictures", "report.html", "checkpoints", "history.jsonl", "logs")
 ANALYSIS_PARTS = ("analysis.json", "pictures")
@@ -94,18 +96,6 @@ def find_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise RunError("no CUDA device is available; choices here: cpu")
     return torch.device(name)
-
-
-def device_name(device: torch.device) -> str:
-    """The processor in words, for example "Intel Xeon, 2 threads"."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def environment(device: torch.device) -> dict[str, Any]:

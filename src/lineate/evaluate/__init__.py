@@ -1,14 +1,16 @@
-"""Measuring a conversion against its host: fidelity (what changed) and cost (what it bought), and what both need.
+"""Measuring: fidelity (what a conversion changed), cost (what it bought), top-1 of classifiers, FID and its kin of generators.
 
-Import from the modules: `lineate.evaluate.fidelity`, `lineate.evaluate.cost`.
+Import from the modules: `lineate.evaluate.fidelity`, `lineate.evaluate.cost`, `lineate.evaluate.top1`, `lineate.evaluate.fid`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+
+Progress = Callable[[int, int, str], None]  # (done, total, what): whoever works long calls it after every step
 
 
 class EvaluationError(ValueError):

@@ -18,9 +18,12 @@ Legend: B batch, H heads, N tokens, D head dim, C = H·D, M tokens off the grid,
 from __future__ import annotations
 
 import math
+import platform
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,14 +36,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lineate.convert import core_modules
 from lineate.core import CoreAttention, CoreConfig
-from lineate.evaluate import EvaluationError, evaluating
+from lineate.evaluate import EvaluationError, Progress, evaluating
 from lineate.families import detect
 from lineate.layout import TokenLayout
 from lineate.mixers.base import Frozen
 from lineate.ops.neighborhood import neighborhood_attention
 
 _FEWEST_TIMINGS = 3
-Progress = Callable[[int, int, str], None]
 Run = Callable[[Tensor], object]
 
 
@@ -294,11 +296,16 @@ def crossover(rows: Sequence[CostRow]) -> tuple[float | None, str]:
     return px, f"from {px:.0f} px up the converted model is faster on this machine; below that the two trade places"
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The processor in words, for example "Intel Xeon, 2 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     threads = torch.get_num_threads()
-    return f"{device.type.upper()}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 @torch.inference_mode()
@@ -336,7 +343,7 @@ def cost(
         crossover_px=px,
         crossover_note=note,
         batch=batch,
-        device=_device_name(reference.device),
+        device=device_name(reference.device),
         dtype=str(reference.dtype).removeprefix("torch."),
         original_attention=detect(original).softmax_kind(original),
     )

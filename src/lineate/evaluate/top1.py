@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lineate.data import LabelledImages
-from lineate.evaluate import EvaluationError, evaluating
-from lineate.evaluate.cost import Progress
+from lineate.evaluate import EvaluationError, Progress, evaluating
 from lineate.mixers.base import Frozen
 from lineate.sources import Source
 from lineate.statistics import Interval, mcnemar, wilson

@@ -9,7 +9,7 @@ Legend: B batch, N tokens, C channels, h×w grid.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -99,6 +99,13 @@ class GridTracker:
         self.grid = (output.shape[-2], output.shape[-1])
         if not torch.compiler.is_compiling():
             self.backward_pass = torch._C._current_graph_task_id()
+
+    def hang(self, patchify: nn.Module, blocks: Iterable[nn.Module]) -> GridTracker:
+        """Hook this into the patchify convolution and before every block; returns itself."""
+        patchify.register_forward_hook(self)
+        for block in blocks:
+            block.register_forward_pre_hook(self.enter_block)
+        return self
 
     def enter_block(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of a block; args[0] is its input (B, N, C). Raises on reentrant checkpointing."""

@@ -107,11 +107,7 @@ class DiffusersDiT(Family):
 
     def track(self, model: Any) -> GridTracker:
         """Hook the patchify convolution and every block."""
-        tracker = GridTracker()
-        model.pos_embed.proj.register_forward_hook(tracker)
-        for block in model.transformer_blocks:
-            block.register_forward_pre_hook(tracker.enter_block)
-        return tracker
+        return GridTracker().hang(model.pos_embed.proj, model.transformer_blocks)
 
     def install(self, model: nn.Module, site: AttentionSite, core: CoreAttention, tracker: GridTracker) -> None:
         """Put a `ConvertedAttention` in the place of the host's."""

@@ -53,11 +53,7 @@ class LineateDiT(Family):
 
     def track(self, model: Any) -> GridTracker:
         """Hook the patchify convolution and every block."""
-        tracker = GridTracker()
-        model.x_embedder.proj.register_forward_hook(tracker)
-        for block in model.blocks:
-            block.register_forward_pre_hook(tracker.enter_block)
-        return tracker
+        return GridTracker().hang(model.x_embedder.proj, model.blocks)
 
     def install(self, model: nn.Module, site: AttentionSite, core: CoreAttention, tracker: GridTracker) -> None:
         """Put a `ConvertedAttention` in the place of the host's."""

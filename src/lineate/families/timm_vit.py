@@ -81,11 +81,7 @@ class TimmViT(Family):
 
     def track(self, model: Any) -> GridTracker:
         """Hook the patchify convolution and every block."""
-        tracker = GridTracker(prefix=model.num_prefix_tokens)
-        model.patch_embed.proj.register_forward_hook(tracker)
-        for block in model.blocks:
-            block.register_forward_pre_hook(tracker.enter_block)
-        return tracker
+        return GridTracker(prefix=model.num_prefix_tokens).hang(model.patch_embed.proj, model.blocks)
 
     def install(self, model: nn.Module, site: AttentionSite, core: CoreAttention, tracker: GridTracker) -> None:
         """Put a `ConvertedAttention` in the place of the host's."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from lineate.calibrate import Progress
 from lineate.data import DataError, LabelledImages, StreamedImages, check_classes, open_data, open_stream
+from lineate.evaluate import Progress
 from lineate.evaluate.top1 import Outcome, classes, prepare, processes, top_k
 from lineate.sources import Source
 from lineate.train.config import TrainConfig

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lineate.autoencoder import encode, fingerprint, to_pixels
-from lineate.calibrate import Progress
 from lineate.data import LabelledImages
+from lineate.evaluate import Progress
 from lineate.mixers.base import Frozen
 from lineate.train import TrainError
 from lineate.train.config import Augment, TrainConfig

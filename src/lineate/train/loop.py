@@ -34,9 +34,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from lineate.calibrate import Progress
 from lineate.convert import ConversionRecord, core_modules
-from lineate.evaluate import evaluating
+from lineate.evaluate import Progress, evaluating
 from lineate.mixers.base import Frozen
 from lineate.train import TrainError, checkpoints
 from lineate.train.checkpoints import Epoch, State
