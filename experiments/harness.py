@@ -161,10 +161,15 @@ def markdown(table: Table) -> str:
 
 def command(table: Table, run: Run, host: str, data: str) -> str:
     """The command that runs one row at full size."""
-    words = ["accelerate", "launch", "-m", "lineate", "train", host, "--data", data, "--preset", run.preset, "--recipe", "t5"]
-    for assignment in [*run.set, *([f"train.protocol={run.tune}"] if run.tune else [])]:
-        words += ["--set", assignment]
-    return shlex.join([*words, "--out", f"runs/{table.name}/{run.name}"])
+    out = f"runs/{table.name}/{run.name}"
+    fields = [*run.set, *([f"train.protocol={run.tune}"] if run.tune else [])]
+    options = ["--preset", run.preset, *(word for field in fields for word in ("--set", field)), "--out", out]
+    if run.tune is not None:
+        before = ["--calibrate-on", "PHOTOGRAPHS"] if run.calibrated else []
+        train = ["accelerate", "launch", "-m", "lineate", "train", host, "--data", data, "--recipe", "t5", "--device", "cuda"]
+        return shlex.join([*train, *before, *options])
+    make = ["calibrate", host, "--images", "PHOTOGRAPHS"] if run.calibrated else ["convert", host]
+    return f"{shlex.join(['lineate', *make, *options])} && {shlex.join(['lineate', 'evaluate', out, '--data', data])}"
 
 
 def main(table: Table) -> None:

@@ -49,7 +49,7 @@ def saved(tmp_path: Path, tiny_vit: Callable[..., nn.Module]) -> Path:
 def unconverted(monkeypatch: pytest.MonkeyPatch, tiny_vit: Callable[..., nn.Module]) -> str:
     """A SOURCE that is not converted yet."""
 
-    def load(text: str, *, image_size: int | None = None) -> Source:
+    def load(text: str, *, image_size: int | None = None, scratch: int | None = None) -> Source:
         torch.manual_seed(0)
         return Source(tiny_vit(), text, (0.5,) * 3, (0.5,) * 3, 32, 8)
 
@@ -78,6 +78,19 @@ def refused(*arguments: Any) -> str:
 def equal(one: Path, other: Path) -> bool:
     a, b = (lineate.load(path / "model").state_dict() for path in (one, other))
     return all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+def test_a_baseline_from_scratch_can_be_converted_afterwards(tmp_path: Path, data: Path) -> None:
+    baseline, command = tmp_path / "baseline", ("train", "timm:test_vit", "--scratch", "--image-size", 32, "--data", data)
+    done(
+        *command, *QUICK, "--epochs", 1, "--recipe", "deit", "--preset", "softmax", "--set", "class_token=drop", "--out", baseline
+    )
+    kept = record(lineate.load(baseline / "model"))
+    assert kept.conversion.keeps_softmax and "cls_token" in kept.names("dropped")
+    done("train", baseline / "model", "--data", data, *QUICK, "--epochs", 1, "--preset", "t5-paper", "--out", tmp_path / "t5")
+    assert len(record(lineate.load(tmp_path / "t5" / "model")).sites) == len(kept.sites)
+    assert "only timm:NAME" in refused("train", baseline / "model", "--scratch", "--data", data, "--out", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
 
 
 def test_from_a_source_to_a_trained_model(tmp_path: Path, unconverted: str, data: Path) -> None:

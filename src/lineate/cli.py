@@ -202,6 +202,7 @@ def train(
     held_out_data: Annotated[str | None, typer.Option(metavar="DATA", help="What to measure on (default: in --data).")] = None,
     preset: Preset = None, recipe: Recipe = None, epochs: Epochs = None, config: Config = None, set_: Set = None,
     calibrate_on: Annotated[Path | None, typer.Option(metavar="DIR", help="Photographs to calibrate on before.")] = None,
+    scratch: Annotated[bool, typer.Option("--scratch", help="Draw the weights of timm:NAME instead of loading them.")] = False,
     stream: Annotated[int | None, typer.Option(min=1, metavar="N", help="Read in passing, N pictures an epoch.")] = None,
     image_size: ImageSize = None, strict_data: StrictData = False, seed: Seed = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT's newest checkpoint.")] = False,
@@ -217,7 +218,7 @@ def train(
     plan = TrainPlan(
         source, data, out, settings.conversion, settings.train, settings.calibration, held_out=held_out_data,
         photographs=tuple(find_images(calibrate_on)) if calibrate_on is not None else (), preset=settings.preset,
-        recipe=settings.recipe, image_size=image_size if image_size is not None else settings.image_size,
+        recipe=settings.recipe, scratch=scratch, image_size=image_size if image_size is not None else settings.image_size,
         stream=stream, strict=strict_data, resume=resume, overwrite=overwrite, device=device,
     )  # fmt: skip
     with screen() as shown:

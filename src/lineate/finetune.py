@@ -25,6 +25,7 @@ from lineate.train.classify import Splits, classify, open_splits
 from lineate.train.config import TrainConfig
 from lineate.train.data import Ordered
 from lineate.train.loop import FitResult
+from lineate.train.randomness import HOST, derive, left_alone, seed_all
 
 Say = Callable[[str], None]
 
@@ -33,7 +34,8 @@ Say = Callable[[str], None]
 class TrainPlan:
     """All that `train` needs to know. `conversion` is None for a source that is converted already.
 
-    `held_out` is the data to measure on where it is not a split of `data`; `photographs` are calibrated on first, if any.
+    With `scratch` the host's weights are drawn, not pretrained: a baseline. `held_out` is the data to measure on where it is not a
+    split of `data`; `photographs` are calibrated on first, if any.
     With `stream`, so many pictures an epoch are read in passing.
     """
 
@@ -45,6 +47,7 @@ class TrainPlan:
     calibration: CalibrationConfig
     held_out: str | None = None
     photographs: tuple[Path, ...] = ()
+    scratch: bool = False
     preset: str | None = None
     recipe: str | None = None
     image_size: int | None = None
@@ -73,7 +76,7 @@ def train(plan: TrainPlan, *, say: Say = _nothing, progress: Progress = _nothing
     splits = open_splits(plan.data, plan.held_out, stream=plan.stream, strict=plan.strict)
     say(f"loading {plan.source}")
     with clock("load"):
-        pair = load_pair(plan.source, plan.conversion, image_size=plan.image_size)
+        pair = _load(plan, len(splits.train.classes))
     check_classes(splits.train, classes(pair.converted))
     Ordered(splits.pictures, plan.train).steps(together.num_processes if together is not None else 1)
     pair.converted.to(together.device if together is not None else place)
@@ -130,10 +133,20 @@ def _folder(plan: TrainPlan, first: bool) -> Iterator[None]:
         yield
 
 
+def _load(plan: TrainPlan, classes: int) -> Pair:
+    """Source and conversion; from scratch, the same weights in every process."""
+    if not plan.scratch:
+        return load_pair(plan.source, plan.conversion, image_size=plan.image_size)
+    with left_alone():
+        seed_all(derive(HOST, plan.train.seed))
+        return load_pair(plan.source, plan.conversion, image_size=plan.image_size, scratch=classes)
+
+
 def _about(plan: TrainPlan) -> dict[str, Any]:
     """What `fit` cannot see of a run that is resumed."""
     return {
         "source": plan.source,
+        "scratch": plan.scratch,
         "calibration": plan.calibration.model_dump(mode="json") if plan.photographs else None,
         "photographs": [str(path) for path in plan.photographs],
     }

@@ -141,9 +141,14 @@ def check_images(photographs: Sequence[Path], held_out: Sequence[Path]) -> None:
         raise ImageError(f"{min(both)} is both calibrated on and held out; keep the folders of --images and --held-out apart")
 
 
-def load_pair(text: str, conversion: Conversion | None, *, image_size: int | None = None, device: str = "cpu") -> Pair:
-    """Load a source and convert it; one that is converted already stays as it is, and its original is built again."""
-    source = load_source(text, image_size=image_size)
+def load_pair(
+    text: str, conversion: Conversion | None, *, image_size: int | None = None, device: str = "cpu", **options: Any
+) -> Pair:
+    """Load a source (`options` are `load_source`'s) and convert it; one that is converted already stays as it is.
+
+    The original of that one is built again.
+    """
+    source = load_source(text, image_size=image_size, **options)
     place = runs.find_device(device)
     source.model.to(place)
     if source.head is not None:

@@ -56,9 +56,10 @@ def t5_lora() -> TrainConfig:
 def deit() -> TrainConfig:
     """DeiT from scratch, the softmax baseline that conversions inherit from; drop path 0.1 is the model's own setting.
 
-    SOURCE is a model with weights, so from scratch it is `fit` in Python; `experiments/small.py` does that in the small. DeiT
-    itself is trained with 1024 images a step, where these are its rates.
-        accelerate launch -m lineate train SOURCE --data IMAGENET --out RUN --preset softmax --recipe deit --device cuda
+    DeiT itself is trained with 1024 images a step, where these are its rates.
+
+        accelerate launch -m lineate train timm:deit_tiny_patch16_224 --scratch --set class_token=drop --data IMAGENET --out RUN \
+            --preset softmax --recipe deit --device cuda
 
     Time: not measured. Expected by the paper, with global average pooling: 72.05 (DeiT-T), 80.24 (DeiT-S).
     """

@@ -54,17 +54,21 @@ class Source:
     head: nn.Module | None = None
 
 
-def load_source(text: str, *, image_size: int | None = None) -> Source:
+def load_source(text: str, *, image_size: int | None = None, scratch: int | None = None) -> Source:
     """The source that `text` names; `image_size` (px, a multiple of the patch) replaces the model's own.
+
+    With `scratch`, timm's architecture for that many classes, its weights drawn from torch's generator instead of pretrained.
 
     Raises `SourceError`; `CheckpointError` or `EmbeddedModelError` from a directory or the embedded model; and, before any
     download, `UnsupportedModelError` for a model that no conversion fits.
     """
+    if scratch is not None and (not text.startswith("timm:") or "@" in text):
+        raise SourceError(f"only timm:NAME can be trained from scratch, got {text!r}")
     if text == "embedded":
         model, head = embedded_model()
         return _source(model, "embedded", image_size, MEAN, STD, ("pos_embed",), head)
     if text.startswith("timm:"):
-        return _timm_source(text.removeprefix("timm:"), image_size)
+        return _timm_source(text.removeprefix("timm:"), image_size, scratch)
     if text.startswith("transformers:"):
         return _transformers_source(text.removeprefix("transformers:"), image_size)
     if text and Path(text).is_dir():
@@ -105,20 +109,23 @@ def _dit_source(text: str) -> nn.Module:
     return model
 
 
-def _timm_source(text: str, image_size: int | None) -> Source:
+def _timm_source(text: str, image_size: int | None, scratch: int | None) -> Source:
     import timm
 
     name, at, file = text.partition("@")
     if at and not file:
         raise SourceError(f"no file after the @ of 'timm:{text}'; choices: {FORMS}")
-    _check_name(name, needs_weights=not at)
+    _check_name(name, needs_weights=not at and scratch is None)
     arguments = _accepted_arguments(name)
-    if at:
+    interpolated: tuple[str, ...] = ()
+    if scratch is not None:
+        model = timm.create_model(name, pretrained=False, num_classes=scratch, **arguments)
+    elif at:
         model = timm.create_model(name, pretrained=False, **arguments)
         interpolated = _load_file(model, Path(file))
     else:
         try:
-            model, interpolated = timm.create_model(name, pretrained=True, **arguments), ()
+            model = timm.create_model(name, pretrained=True, **arguments)
         except Exception as error:  # whatever the hub's client raises: the same model was built without weights just now
             raise SourceError(
                 f"cannot get the weights of timm:{name}: {_reason(error)}; "
