@@ -34,9 +34,8 @@ Say = Callable[[str], None]
 class TrainPlan:
     """All that `train` needs to know. `conversion` is None for a source that is converted already.
 
-    With `scratch` the host's weights are drawn, not pretrained: a baseline. `held_out` is the data to measure on where it is not a
-    split of `data`; `photographs` are calibrated on first, if any.
-    With `stream`, so many pictures an epoch are read in passing.
+    With `scratch` the host's weights are drawn, not pretrained: a baseline. `held_out` is the data to measure on where it is not
+    a split of `data`; `photographs` are calibrated on first, if any. With `stream`, so many pictures an epoch are read in passing.
     """
 
     source: str
