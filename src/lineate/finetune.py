@@ -35,7 +35,8 @@ class TrainPlan:
     """All that `train` needs to know. `conversion` is None for a source that is converted already.
 
     With `scratch` the host's weights are drawn, not pretrained: a baseline. `held_out` is the data to measure on where it is not
-    a split of `data`; `photographs` are calibrated on first, if any. With `stream`, so many pictures an epoch are read in passing.
+    a split of `data`; `photographs` are calibrated on first, if any. With `stream`, so many pictures an epoch are read in
+    passing.
     """
 
     source: str
