@@ -131,6 +131,11 @@ class GridTracker:
         return TokenLayout(*self.grid, self.prefix, self.suffix)
 
 
+def fused_or_not(flags: Iterable[bool]) -> str:
+    """Say "fused", "unfused", or "mixed" where a model's attentions do not agree (or there are none)."""
+    return {frozenset({True}): "fused", frozenset({False}): "unfused"}.get(frozenset(flags), "mixed")
+
+
 class Family(ABC):
     """One host library's seam. A family is stateless; adding one is adding a file and an entry in `FAMILIES`."""
 

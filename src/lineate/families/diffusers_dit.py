@@ -10,10 +10,10 @@ Legend: B batch, H heads, N tokens, D head dim, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
@@ -21,7 +21,8 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import Tensor, nn
 
 from lineate.core import CoreAttention
-from lineate.families.base import AttentionSite, Family, Features, Geometry, GridTracker, Note, UnsupportedModelError
+from lineate.families.base import AttentionSite, Geometry, GridTracker, Note, UnsupportedModelError, fused_or_not
+from lineate.families.denoiser import Denoiser
 from lineate.families.listener import Listener
 
 CLASSES = {cls.__name__: cls for cls in (DiTTransformer2DModel, PixArtTransformer2DModel)}
@@ -75,11 +76,7 @@ def _refusal(attention: Any) -> str | None:
     return f"it has {', '.join(odd)}, which no DiT or PixArt has" if odd else None
 
 
-def _no_pictures(model: nn.Module) -> NoReturn:
-    raise UnsupportedModelError(f"{type(model).__name__} is a denoiser: it takes latents, times and conditions, not pictures")
-
-
-class DiffusersDiT(Family):
+class DiffusersDiT(Denoiser):
     """`DiTTransformer2DModel` and `PixArtTransformer2DModel`."""
 
     name = "diffusers"
@@ -87,10 +84,6 @@ class DiffusersDiT(Family):
     def owns(self, model: nn.Module) -> bool:
         """Whether `model` is one of the two."""
         return isinstance(model, tuple(CLASSES.values()))
-
-    def check(self, model: nn.Module) -> None:
-        """Nothing outside the attentions stands in the way."""
-        return None
 
     def sites(self, model: Any) -> list[AttentionSite]:
         """One site a block, `transformer_blocks.{i}.attn1`."""
@@ -113,10 +106,6 @@ class DiffusersDiT(Family):
         """Put a `ConvertedAttention` in the place of the host's."""
         model.set_submodule(site.name, ConvertedAttention(model.get_submodule(site.name), core, tracker))
 
-    def drop_class_token(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
-        """They have none."""
-        return {}
-
     def describe(self, model: Any) -> dict[str, Any] | None:
         """Its class and config, where they still make the same modules."""
         if type(model).__name__ not in CLASSES:
@@ -136,18 +125,6 @@ class DiffusersDiT(Family):
         """That of the latents, in their own px. diffusers' DiT puts its output together as a square of any size."""
         patch, side = model.config.patch_size, model.config.sample_size
         return Geometry((patch, patch), (side, side), isinstance(model, PixArtTransformer2DModel), prefix=0, class_token=False)
-
-    def statistics(self, model: nn.Module) -> None:
-        """Latents have none of their own."""
-        return None
-
-    def runner(self, model: nn.Module) -> Callable[[Tensor], Any]:
-        """Raises `UnsupportedModelError`."""
-        _no_pictures(model)
-
-    def features(self, model: nn.Module, images: Tensor) -> Features:
-        """Raises `UnsupportedModelError`."""
-        _no_pictures(model)
 
     @contextmanager
     def watch(self, model: nn.Module, sites: Collection[str], note: Note) -> Iterator[None]:
@@ -173,5 +150,4 @@ class DiffusersDiT(Family):
 
     def softmax_kind(self, model: nn.Module) -> str:
         """By the processors."""
-        flags = {type(m.processor) is AttnProcessor2_0 for m in model.modules() if isinstance(m, Attention)}
-        return {frozenset({True}): "fused", frozenset({False}): "unfused"}.get(frozenset(flags), "mixed")
+        return fused_or_not(type(m.processor) is AttnProcessor2_0 for m in model.modules() if isinstance(m, Attention))

@@ -6,25 +6,22 @@ Its attention is timm's, at `blocks.{i}.attn`; tokens are the row-major grid of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import AbstractContextManager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lineate.core import CoreAttention
-from lineate.families.base import AttentionSite, Family, Features, Geometry, GridTracker, Note, UnsupportedModelError
+from lineate.families.base import AttentionSite, Geometry, GridTracker, Note, fused_or_not
+from lineate.families.denoiser import Denoiser
 from lineate.families.timm_attention import CONVERTIBLE, ConvertedAttention, head_dim
 from lineate.families.timm_watch import watch
 from lineate.models.dit import DiT
 
 
-def _no_pictures(model: nn.Module) -> NoReturn:
-    raise UnsupportedModelError(f"{type(model).__name__} is a denoiser: it takes latents, times and classes, not pictures")
-
-
-class LineateDiT(Family):
+class LineateDiT(Denoiser):
     """`lineate.models.dit.DiT`."""
 
     name = "lineate"
@@ -32,10 +29,6 @@ class LineateDiT(Family):
     def owns(self, model: nn.Module) -> bool:
         """Whether `model` is a `DiT`."""
         return isinstance(model, DiT)
-
-    def check(self, model: nn.Module) -> None:
-        """Nothing outside the attentions stands in the way."""
-        return None
 
     def sites(self, model: Any) -> list[AttentionSite]:
         """One site a block, `blocks.{i}.attn`."""
@@ -59,10 +52,6 @@ class LineateDiT(Family):
         """Put a `ConvertedAttention` in the place of the host's."""
         model.set_submodule(site.name, ConvertedAttention(model.get_submodule(site.name), core, tracker))
 
-    def drop_class_token(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
-        """It has none."""
-        return {}
-
     def describe(self, model: Any) -> dict[str, Any] | None:
         """Its arguments, where they still make the same modules."""
         description = {"arguments": model.arguments}
@@ -81,23 +70,10 @@ class LineateDiT(Family):
         own = (model.grid[0] * patch, model.grid[1] * patch)
         return Geometry(patch=(patch, patch), image=own, any_size=True, prefix=0, class_token=False)
 
-    def statistics(self, model: nn.Module) -> None:
-        """Latents have none of their own."""
-        return None
-
-    def runner(self, model: nn.Module) -> Callable[[Tensor], Any]:
-        """Raises `UnsupportedModelError`."""
-        _no_pictures(model)
-
-    def features(self, model: nn.Module, images: Tensor) -> Features:
-        """Raises `UnsupportedModelError`."""
-        _no_pictures(model)
-
     def watch(self, model: nn.Module, sites: Collection[str], note: Note) -> AbstractContextManager[None]:
         """See `timm_watch.py`."""
         return watch(model, sites, note)
 
     def softmax_kind(self, model: nn.Module) -> str:
         """By the attentions' own flags."""
-        flags = {bool(module.fused_attn) for module in model.modules() if hasattr(module, "fused_attn")}
-        return {frozenset({True}): "fused", frozenset({False}): "unfused"}.get(frozenset(flags), "mixed")
+        return fused_or_not(bool(module.fused_attn) for module in model.modules() if hasattr(module, "fused_attn"))

@@ -26,7 +26,16 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from lineate.core import CoreAttention
-from lineate.families.base import AttentionSite, Family, Features, Geometry, GridTracker, Note, UnsupportedModelError
+from lineate.families.base import (
+    AttentionSite,
+    Family,
+    Features,
+    Geometry,
+    GridTracker,
+    Note,
+    UnsupportedModelError,
+    fused_or_not,
+)
 from lineate.families.timm_attention import CONVERTIBLE, ConvertedAttention, head_dim
 from lineate.families.timm_watch import watch
 
@@ -163,8 +172,7 @@ class TimmViT(Family):
 
     def softmax_kind(self, model: nn.Module) -> str:
         """By the attentions' own flags."""
-        flags = {bool(module.fused_attn) for module in model.modules() if hasattr(module, "fused_attn")}
-        return {frozenset({True}): "fused", frozenset({False}): "unfused"}.get(frozenset(flags), "mixed")
+        return fused_or_not(bool(module.fused_attn) for module in model.modules() if hasattr(module, "fused_attn"))
 
 
 def _settings(model: Any) -> dict[str, Any]:
