@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lineate.layout import TokenLayout
 from lineate.mixers import MIXERS, MixerConfig
 from lineate.mixers.base import Frozen
-from lineate.mixers.local import Window
+from lineate.mixers.local import Window, attend_outside
 from lineate.mixers.ttt import TTTConfig
 from lineate.ops.neighborhood import neighborhood_attention
 from lineate.ops.precision import wide
@@ -155,12 +155,13 @@ class CoreAttention(nn.Module):
         exact = self.config.outside == "exact" and outside
         if self.config.neighborhood is None and not exact:
             return out
-        (first, grid, last), (q_first, q_grid, q_last) = out.split(sizes, dim=-2), q.split(sizes, dim=-2)
+        first, grid, last = out.split(sizes, dim=-2)
         if self.config.neighborhood is not None:
             window, learned = self.config.neighborhood.window, self.config.neighborhood.mix == "learned"
             mix = self.mix_logit.sigmoid().view(-1, 1, 1).to(out.dtype) if learned else 0.5
+            q_grid = q.split(sizes, dim=-2)[1]
             near = neighborhood_attention(q_grid, k, v, layout.height, layout.width, window, layout.prefix).to(out.dtype)
             grid = torch.lerp(grid, near, mix)
         if exact:
-            first, last = (F.scaled_dot_product_attention(x, k, v).to(out.dtype) if x.shape[-2] else x for x in (q_first, q_last))
+            first, last = (x.to(out.dtype) for x in attend_outside(q, k, v, layout))
         return torch.cat((first, grid, last), dim=-2) if outside else grid

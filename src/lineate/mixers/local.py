@@ -36,18 +36,24 @@ Window = Annotated[int, AfterValidator(_odd)]
 Near = Callable[[Tensor, Tensor, Tensor, int, int, int, int], Tensor]
 
 
+def attend_outside(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+    """Exact softmax attention for the queries before and behind the grid: (B, H, prefix, D) and (B, H, suffix, D)."""
+    first, _, last = q.split((layout.prefix, layout.grid_tokens, layout.suffix), dim=-2)
+    before, behind = (F.scaled_dot_product_attention(x, k, v) if x.shape[-2] else x for x in (first, last))
+    return before, behind
+
+
 def attend_near(near: Near, extent: int, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
     """`near` (an op with a window or radius of `extent`) for the grid's queries, exact softmax attention for the others.
 
     Shapes: q, k, v (B, H, N, D), every token; returns (B, H, N, D).
     """
-    first, grid, last = q.split((layout.prefix, layout.grid_tokens, layout.suffix), dim=-2)
+    grid = q[:, :, layout.prefix : layout.prefix + layout.grid_tokens]
     out = near(grid, k, v, layout.height, layout.width, extent, layout.prefix)
     if not (layout.prefix or layout.suffix):
         return out
-    ends = F.scaled_dot_product_attention(torch.cat((first, last), dim=-2), k, v)
-    before, after = ends.split((layout.prefix, layout.suffix), dim=-2)
-    return torch.cat((before, out, after), dim=-2)
+    before, behind = attend_outside(q, k, v, layout)
+    return torch.cat((before, out, behind), dim=-2)
 
 
 def _with_outside(on_grid: int, layout: TokenLayout) -> int:
