@@ -85,7 +85,12 @@ class ConversionRecord(Frozen):
         return sum(torch.Size(t.shape).numel() for t in self.tensors if t.status == status)
 
 
-_PAPER = Conversion(mixer=TTTConfig(start_std=0.02), key_norm="instance", key_norm_eps=1.0, locality="dwc-qk")
+_PAPER = Conversion(
+    mixer=TTTConfig(inner="swiglu", loss="inner-product", start_std=0.02),
+    key_norm="instance",
+    key_norm_eps=1.0,
+    locality="dwc-qk",
+)
 _DIT5 = _PAPER.model_copy(
     update={
         "mixer": TTTConfig(inner="2layer", loss="l2", start_std=0.02),
