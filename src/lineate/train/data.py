@@ -10,7 +10,7 @@ what came before. Source of repeated augmentation: Hoffer et al., arXiv 1901.093
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -109,17 +109,23 @@ class ImageBatches(Ordered):
             yield Batch(*(tensor.pin_memory() for tensor in batch)) if torch.cuda.is_available() else batch
 
     def _loaded(self, order: Order) -> Iterator[Batch]:
-        loader = DataLoader(
-            self.variants,
+        for batch, skipped in load(self.variants, order, collate, self.config.workers):
+            self.data.note(skipped)
+            yield batch
+
+
+def load(variants: Dataset[Any], order: Sampler[Any], collate: Callable[[list[Any]], Any], workers: int) -> Iterator[Any]:
+    """The batches that `order` lists, read by `workers` processes."""
+    return iter(
+        DataLoader(
+            variants,
             batch_sampler=order,
-            num_workers=self.config.workers,
+            num_workers=workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else the loader draws from torch's own
         )
-        for batch, skipped in loader:
-            self.data.note(skipped)
-            yield batch
+    )
 
 
 class Order(Sampler[list[Key]]):

@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from lineate.data import StreamedImages
 from lineate.train import TrainError
 from lineate.train.config import TrainConfig
-from lineate.train.data import Batch, Ordered, collate, train_transform
+from lineate.train.data import Batch, Ordered, collate, load, train_transform
 from lineate.train.randomness import SAMPLE, derive, seed_all
 
 Row = tuple[Mapping[str, Any], tuple[int, int, int]]  # what the stream holds, and (epoch, row, process)
@@ -49,15 +48,8 @@ class StreamBatches(Ordered):
 
     def stream(self, start: int, stop: int, process: int, processes: int) -> Iterator[Batch]:
         """The batches of one process; one loader reads on through all epochs."""
-        loader = DataLoader(
-            self.variants,
-            batch_sampler=_Rows(self, start, stop, process, processes),
-            num_workers=self.config.workers,
-            collate_fn=_replace,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else the loader draws from torch's own
-        )
-        for batch, skipped in loader:
+        rows = _Rows(self, start, stop, process, processes)
+        for batch, skipped in load(self.variants, rows, _replace, self.config.workers):
             self.data.note(skipped)
             if batch is None:
                 raise TrainError(f"not one picture of a batch of {self.data.source} can be read: {next(iter(skipped.values()))}")
