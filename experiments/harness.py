@@ -198,10 +198,12 @@ def main(table: Table) -> None:
 def run_all(wanted: Sequence[Run], seeds: Sequence[int], data: str, shard: str) -> None:
     """Every (run, seed) of this shard that has no result yet; each is written when it is done."""
     part, parts = (int(number) for number in shard.split("/"))
-    todo = [(seed, run) for seed, run in product(seeds, wanted) if not result_file(run, seed).exists()][part::parts]
+    mine = list(product(seeds, wanted))[part::parts]
     train, test = (open_data(data, split=split) for split in ("train", "test"))
     environment = runs.environment(torch.device("cpu"))
-    for seed, run in todo:
+    for seed, run in mine:
+        if result_file(run, seed).exists():
+            continue
         row = execute(run, seed, train, test) | {"environment": environment}
         file = result_file(run, seed)
         file.parent.mkdir(parents=True, exist_ok=True)

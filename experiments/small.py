@@ -9,6 +9,7 @@ and gets a tenth of its epochs, with the new parameters at 20 times the others' 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +73,21 @@ def tune(model: nn.Module, config: TrainConfig, data: LabelledImages, out: Path,
     return fit(model, batches, objective(config, CLASSES), config, out, **options)
 
 
-def evaluate(model: nn.Module, data: LabelledImages) -> Any:
-    """What the model says of every picture, whole and as it is: an `Outcome`."""
+def prepared() -> Callable[[Any], Tensor]:
+    """From a picture, whole and as it is, to what the host sees."""
     shown = Preprocessing(image_size=SIZE, crop_pct=1.0, crop_mode="center", interpolation="bicubic", mean=MEAN, std=STD)
-    return top_k(model, data, shown.transform(), batch=250)
+    return shown.transform()
+
+
+def evaluate(model: nn.Module, data: LabelledImages) -> Any:
+    """What the model says of every picture: an `Outcome`."""
+    return top_k(model, data, prepared(), batch=250)
 
 
 def unlabelled(data: LabelledImages, count: int, seed: int) -> Tensor:
     """(count, 3, 32, 32): training pictures to calibrate on, drawn by `seed`."""
-    shown = Preprocessing(image_size=SIZE, crop_pct=1.0, crop_mode="center", interpolation="bicubic", mean=MEAN, std=STD)
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count]
-    transform = shown.transform()
+    transform = prepared()
     return torch.stack([transform(data[int(index)][0]) for index in chosen])
 
 
