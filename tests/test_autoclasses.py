@@ -18,12 +18,8 @@ import lineate
 from lineate.autoclasses import ReloadError
 from lineate.families import detect
 
-VISION = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
-PLAIN = VISION | {"intermediate_size": 48}
-TEXT = {
-    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 99,
-    "bos_token_id": 1, "eos_token_id": 2, "projection_size": 24,
-}  # fmt: skip
+from .tiny import PLAIN, TEXT, VISION
+
 PICTURES = torch.linspace(-1, 1, 2 * 3 * 32 * 48).sin().view(2, 3, 32, 48)
 
 

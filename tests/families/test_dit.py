@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,26 +13,8 @@ from lineate.checkpoint import load, original_of, save
 from lineate.convert import PRESETS, convert, core_modules, record
 from lineate.families import UnsupportedModelError, detect
 from lineate.families.base import Attended
-from lineate.models.dit import DiT
 
-GEOMETRY = {
-    "input_size": (8, 6),
-    "patch_size": 2,
-    "in_channels": 3,
-    "hidden_size": 24,
-    "depth": 2,
-    "num_heads": 3,
-    "num_classes": 5,
-}
-
-
-def tiny(**changes: Any) -> DiT:
-    """Random everywhere, also where it starts at zero."""
-    model = DiT(**(GEOMETRY | changes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+from ..tiny import dit as tiny
 
 
 def inputs(height: int = 8, width: int = 6) -> tuple[Tensor, Tensor, Tensor]:

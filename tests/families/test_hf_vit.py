@@ -24,12 +24,8 @@ from lineate.evaluate.fidelity import fidelity
 from lineate.families import UnsupportedModelError, detect
 from lineate.families.hf_types import HOLDERS, TOWERS, host_type
 
-VISION = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
-PLAIN = VISION | {"intermediate_size": 48}
-TEXT = {
-    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 99,
-    "bos_token_id": 1, "eos_token_id": 2, "projection_size": 24,
-}  # fmt: skip
+from ..tiny import PLAIN, TEXT, VISION, gradients
+
 BOTH = {"vision_config": PLAIN, "text_config": TEXT}
 
 # name -> (model class, config class, settings)
@@ -73,12 +69,6 @@ def run(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
 
 
 # Identity ------------------------------------------------------------------------------------------------------------------

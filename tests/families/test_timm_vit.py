@@ -32,6 +32,8 @@ from lineate.families import FAMILIES, UnsupportedModelError, detect, family
 from lineate.mixers.linear import LinearConfig
 from lineate.mixers.softmax import SoftmaxConfig
 
+from ..tiny import gradients
+
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 SMALL14 = SMALL | {"img_size": 42, "patch_size": 14}
 NO_CLASS_TOKEN = {"class_token": False, "global_pool": "avg"}
@@ -126,12 +128,6 @@ def pictures(model: nn.Module, batch: int = 2) -> Tensor:
 def fingerprint(model: nn.Module) -> tuple[str, int, dict[str, Tensor]]:
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     return repr(model), hooks, {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
 
 
 # Identity ------------------------------------------------------------------------------------------------------------------

@@ -11,24 +11,8 @@ from torch import Tensor
 
 from lineate.models.dit import DIT_MODELS, DiT, grid_positions, time_frequencies
 
-GEOMETRY = {
-    "input_size": (8, 6),
-    "patch_size": 2,
-    "in_channels": 3,
-    "hidden_size": 24,
-    "depth": 2,
-    "num_heads": 3,
-    "num_classes": 5,
-}
-
-
-def tiny(**changes: object) -> DiT:
-    """Random everywhere, also where it starts at zero."""
-    model = DiT(**(GEOMETRY | changes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+from ..tiny import DIT
+from ..tiny import dit as tiny
 
 
 def inputs(height: int = 8, width: int = 6, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,7 +68,7 @@ def test_output_equals_the_equations(learn_sigma: bool) -> None:
 
 
 def test_it_starts_at_zero_with_every_block_the_identity() -> None:
-    model, (x, t, y) = DiT(**GEOMETRY), inputs()
+    model, (x, t, y) = DiT(**DIT), inputs()
     assert not model(x, t, y).any()
     tokens = torch.randn(2, 12, 24)
     assert torch.equal(model.blocks[0](tokens, torch.randn(2, 24)), tokens)
@@ -115,9 +99,9 @@ def test_sizes_that_the_patch_does_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="latents of 7x6 are not divisible by the patch of 2"):
         tiny()(*inputs(7, 6))
     with pytest.raises(ValueError, match="input_size 5x8 is not divisible by patch_size=2"):
-        DiT(**GEOMETRY | {"input_size": (5, 8)})
+        DiT(**DIT | {"input_size": (5, 8)})
     with pytest.raises(ValueError, match="multiple of 4 and of num_heads=5, got 24"):
-        DiT(**GEOMETRY | {"num_heads": 5})
+        DiT(**DIT | {"num_heads": 5})
 
 
 def test_labels_are_dropped_in_training_alone_and_for_the_null_label() -> None:

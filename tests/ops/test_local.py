@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lineate.ops.local import cut, radius_attention
+
+from ..tiny import assert_same_with_gradients
 
 # One token, one row, smaller than a tile of 8, one tile exactly, not a multiple of it, tall, wide, larger than a large tile.
 GRIDS = [(1, 1), (1, 12), (5, 4), (8, 8), (9, 7), (21, 3), (11, 18)]
@@ -28,16 +32,8 @@ def qkv(tokens: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 @pytest.mark.parametrize("radius", [1, 2, 3, 4, 11])
 @pytest.mark.parametrize(("height", "width"), GRIDS)
 def test_equals_brute_force_in_output_and_gradients(height: int, width: int, radius: int) -> None:
-    leaves = [x.requires_grad_() for x in qkv(height * width)]
-    cotangent = torch.randn_like(leaves[0])
-    outputs, gradients = [], []
-    for attention in (radius_attention, by_mask):
-        out = attention(*leaves, height, width, radius)
-        outputs.append(out.detach())
-        gradients.append(torch.autograd.grad((out * cotangent).sum(), leaves))
-    torch.testing.assert_close(*outputs)
-    for found, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(found, expected)
+    found, expected = (partial(each, height=height, width=width, radius=radius) for each in (radius_attention, by_mask))
+    assert_same_with_gradients(found, expected, qkv(height * width))
 
 
 @pytest.mark.parametrize("first", [0, 1, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from lineate.ops import neighborhood
 from lineate.ops.neighborhood import neighborhood_attention
+
+from ..tiny import assert_same_with_gradients
 
 # Smaller than the window, one tile exactly, not a multiple of the tile of 8, one row, tall and wide.
 GRIDS = [(1, 1), (2, 3), (1, 12), (3, 3), (5, 4), (8, 8), (9, 7), (16, 5), (11, 18)]
@@ -35,16 +38,10 @@ def qkv(height: int, width: int, dtype: torch.dtype = torch.float64) -> list[Ten
 @pytest.mark.parametrize("window", [3, 5, 7])
 @pytest.mark.parametrize(("height", "width"), GRIDS)
 def test_equals_brute_force_in_output_and_gradients(height: int, width: int, window: int) -> None:
-    leaves = [x.requires_grad_() for x in qkv(height, width)]
-    cotangent = torch.randn_like(leaves[0])
-    outputs, gradients = [], []
-    for attention in (neighborhood_attention, by_loop):
-        out = attention(*leaves, height, width, window)
-        outputs.append(out.detach())
-        gradients.append(torch.autograd.grad((out * cotangent).sum(), leaves))
-    torch.testing.assert_close(*outputs)
-    for found, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(found, expected)
+    found, expected = (
+        partial(function, height=height, width=width, window=window) for function in (neighborhood_attention, by_loop)
+    )
+    assert_same_with_gradients(found, expected, qkv(height, width))
 
 
 @pytest.mark.parametrize("first", [0, 1, 3])
