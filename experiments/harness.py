@@ -95,7 +95,7 @@ def execute(run: Run, seed: int, train: LabelledImages, test: LabelledImages) ->
     settings = read_settings(preset_name=run.preset, assignments=run.conversion_fields(), seed=seed)
     config = small.tuning(run.tune, [field for field in run.set if field.startswith("train.")], seed)
     assert settings.conversion is not None
-    model = lineate.convert(checkpoint.original_of(checkpoint.load(small.HOST)), settings.conversion)
+    model = lineate.convert(checkpoint.original_of(checkpoint.load(small.HOST)).to(small.DEVICE), settings.conversion)
     results: dict[str, Any] = {"new_parameters": record(model).count("new")}
     if run.calibrated:
         calibration = small.CALIBRATION.model_copy(update={"seed": seed})
@@ -200,7 +200,7 @@ def run_all(wanted: Sequence[Run], seeds: Sequence[int], data: str, shard: str) 
     part, parts = (int(number) for number in shard.split("/"))
     mine = list(product(seeds, wanted))[part::parts]
     train, test = (open_data(data, split=split) for split in ("train", "test"))
-    environment = runs.environment(torch.device("cpu"))
+    environment = runs.environment(small.DEVICE)
     for seed, run in mine:
         if result_file(run, seed).exists():
             continue

@@ -36,7 +36,7 @@ def host() -> Iterator[str]:
     run = read(small.HOST / "run.json")
     yield "## The small scale"
     yield ""
-    shape = "4 blocks, 64 channels, 2 heads of 32, patch 2 on 32×32 px (256 tokens), mean pooling, no class token"
+    shape = "3 blocks, 48 channels, 2 heads of 24, patch 2 on 32×32 px (256 tokens), mean pooling, no class token"
     yield f"CIFAR-10 (50,000 training, 10,000 test images) and a ViT: {shape}."
     if run is None:
         yield "Its softmax baseline: not run."

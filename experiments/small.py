@@ -2,8 +2,9 @@
 
     python experiments/small.py --data ../shared/data/cifar10         trains the softmax baseline, once, into results/small/host
 
-A DeiT in the small: no class token, mean pooling, head dimension 32. Every conversion of the tables starts from this one host
-and gets a tenth of its epochs, with the new parameters at 20 times the others' rate, as in the paper.
+A DeiT in the small: no class token, mean pooling, 3 blocks, 2 heads of 24. Every conversion of the tables starts from this one
+host and gets a tenth of its epochs, with the new parameters at 20 times the others' rate, as in the paper. Two cores make such a
+row in about three minutes; where there is a GPU it is used.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ HOST = Path(__file__).parent / "results" / "small" / "host"
 DATA = "../shared/data/cifar10"
 SIZE, MEAN, STD = 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CLASSES = 10
-EPOCHS = 10
+EPOCHS = 2
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# A tenth of a DeiT recipe for pictures of 32 px: no mixing, which so short a training does not live to profit from.
+# Short, and so without what a long training profits from: no mixing, small steps at a high rate.
 BASELINE = TrainConfig(
-    epochs=EPOCHS, batch=64, lr=1e-3, min_lr=1e-5, warmup_epochs=0.5, weight_decay=0.05, clip_grad=1.0,
+    epochs=EPOCHS, batch=32, lr=2e-3, min_lr=2e-5, warmup_epochs=0.1, weight_decay=0.05, clip_grad=1.0,
     augment=Augment(crop="pad"), tracker="none", workers=0,
 )  # fmt: skip
 TUNING = BASELINE.model_copy(
@@ -45,7 +47,6 @@ TUNING = BASELINE.model_copy(
         "min_lr": 1e-6,
         "warmup_epochs": EPOCHS / 60,
         "new_lr_multiplier": 20.0,
-        "compile": True,
     }
 )
 CALIBRATION = CalibrationConfig(steps=500, batch=8, pool=512)
@@ -62,9 +63,9 @@ def tuning(protocol: str | None, fields: list[str], seed: int) -> TrainConfig | 
 def build() -> nn.Module:
     """The host, freshly drawn."""
     return VisionTransformer(
-        img_size=SIZE, patch_size=2, embed_dim=64, depth=4, num_heads=2, num_classes=CLASSES,
+        img_size=SIZE, patch_size=2, embed_dim=48, depth=3, num_heads=2, num_classes=CLASSES,
         class_token=False, global_pool="avg", fc_norm=False,
-    )  # fmt: skip
+    ).to(DEVICE)  # fmt: skip
 
 
 def tune(model: nn.Module, config: TrainConfig, data: LabelledImages, out: Path, **options: Any) -> FitResult:
@@ -101,7 +102,7 @@ def main() -> None:
     checkpoint.check_target(HOST, overwrite=False)
     if options.threads:
         torch.set_num_threads(options.threads)
-    environment = runs.environment(torch.device("cpu"))
+    environment = runs.environment(DEVICE)
     train, test = (open_data(options.data, split=split) for split in ("train", "test"))
     torch.manual_seed(BASELINE.seed)
     model = convert(build(), "softmax")

@@ -12,18 +12,25 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import small
 from harness import Row, Run, Table, accuracy, main, read
 
-EPOCHS = (0.05, 0.1, 0.2, 0.5, 1.0)
+BUDGETS = (0.1, 0.2, 0.5, 1.0)  # of the whole tuning
 PROTOCOLS = {"freeze": "Freeze", "lora": "LoRA", "ft": "FT"}
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "tune.png"
 TRAINING_IMAGES = 50_000
 
 
-def run(epochs: float, protocol: str, calibrated: bool) -> Run:
+def run(budget: float, protocol: str, calibrated: bool) -> Run:
     """One budget; the whole one is the common config, so that other tables share the run."""
-    fields = () if epochs == EPOCHS[-1] else (f"train.epochs={epochs:g}", f"train.warmup_epochs={epochs / 6:.4g}")
+    epochs = budget * small.TUNING.epochs
+    fields = () if budget == 1 else (f"train.epochs={epochs:g}", f"train.warmup_epochs={epochs / 6:.4g}")
     return Run("t5-paper", fields, protocol, calibrated)
+
+
+def images(budget: float) -> int:
+    """Training images that are shown."""
+    return round(budget * small.TUNING.epochs * TRAINING_IMAGES)
 
 
 def columns() -> list[tuple[str, bool]]:
@@ -35,10 +42,7 @@ TABLE = Table(
     "tune",
     "Calibrate, then tune: top-1 by training images",
     tuple(f"{PROTOCOLS[protocol]}{', calibrated' if calibrated else ''}" for protocol, calibrated in columns()),
-    tuple(
-        Row(f"{round(epochs * TRAINING_IMAGES):,}", (None,) * 6, tuple(run(epochs, *column) for column in columns()))
-        for epochs in EPOCHS
-    ),
+    tuple(Row(f"{images(budget):,}", (None,) * 6, tuple(run(budget, *column) for column in columns())) for budget in BUDGETS),
 )
 
 
@@ -49,13 +53,13 @@ def draw() -> None:
     figure, panels = plt.subplots(1, len(PROTOCOLS), figsize=(10, 3.4), sharey=True, layout="constrained")
     for axis, (protocol, label) in zip(panels, PROTOCOLS.items(), strict=True):
         for calibrated, colour in ((False, "tab:gray"), (True, "tab:red")):
-            points = [(epochs * TRAINING_IMAGES, accuracy(read(run(epochs, protocol, calibrated)))) for epochs in EPOCHS]
-            found = [(images, interval) for images, interval in points if interval is not None]
+            points = [(images(budget), accuracy(read(run(budget, protocol, calibrated)))) for budget in BUDGETS]
+            found = [(shown, interval) for shown, interval in points if interval is not None]
             if found:
-                images, intervals = zip(*found, strict=True)
+                shown, intervals = zip(*found, strict=True)
                 middle = [100 * interval.value for interval in intervals]
                 spread = [[100 * (i.value - i.low) for i in intervals], [100 * (i.high - i.value) for i in intervals]]
-                axis.errorbar(images, middle, spread, marker="o", markersize=4, capsize=3, color=colour,
+                axis.errorbar(shown, middle, spread, marker="o", markersize=4, capsize=3, color=colour,
                               label="calibrated first" if calibrated else "as the paper starts")  # fmt: skip
         axis.set(title=label, xscale="log", xlabel="training images")
         axis.spines[["top", "right"]].set_visible(False)
