@@ -51,6 +51,30 @@ def cost_row(side: int, original_ms: float, converted_ms: float) -> dict[str, An
     }  # fmt: skip
 
 
+def accuracy(top1: float, loss: float) -> dict[str, Any]:
+    return {
+        "images": 9871, "top1": {"value": top1, "low": top1 - 0.011, "high": top1 + 0.012},
+        "top5": {"value": top1 + 0.2, "low": top1 + 0.19, "high": top1 + 0.21}, "loss": loss, "skipped": {},
+    }  # fmt: skip
+
+
+def trained() -> dict[str, Any]:
+    return {
+        "training": {
+            "history": [
+                {"epoch": 1.0 + i, "step": 391 * (1 + i), "images": 50048 * (1 + i), "seconds": 77.0 * (1 + i), "lr": 1e-4,
+                 "losses": {"loss": 1.31 - i / 4}, "metrics": {"top1": 0.5873 + i / 8}}
+                for i in range(2)
+            ],
+            "steps": 782, "images": 100096, "seconds": 154.0, "learning": 1234567, "finished": True,
+        },
+        "held_out": {
+            "original": accuracy(0.7214, 1.117), "converted": accuracy(0.7089, 1.189),
+            "agreement": {"value": 0.84, "low": 0.83, "high": 0.85}, "only_original": 519, "only_converted": 396, "p": 0.00005421,
+        },
+    }  # fmt: skip
+
+
 def a_run() -> dict[str, Any]:
     """A whole run, every optional part present; no two figures alike."""
     return {
@@ -59,7 +83,7 @@ def a_run() -> dict[str, Any]:
         "source": "timm:vit_x", "preset": "t5-plus", "seed": 17,
         "config": {
             "conversion": {"mixer": {"name": "ttt", "start_std": 0.0217}, "key_norm": "instance", "neighborhood": {"window": 5}},
-            "calibration": {"rate": 0.0123}, "image_size": 238, "sizes": [[224, 224], [518, 518]],
+            "calibration": {"rate": 0.0123}, "train": {"lr": 0.000321}, "image_size": 238, "sizes": [[224, 224], [518, 518]],
         },
         "environment": {
             "python": "3.11.7", "versions": {"torch": "2.99.1", "timm": "1.98.2"}, "device": "A Processor, 2 threads",
@@ -85,6 +109,7 @@ def a_run() -> dict[str, Any]:
                 "original_attention": "unfused",
             },
             "key_shift": {site: 0.4132 + i / 8 for i, site in enumerate(SITES)},
+            **trained(),
             "images": {"calibration": 320, "held_out": 24, "skipped": {"photos/broken.jpg": "truncated after 3 bytes"}},
         },
         "pictures": [
@@ -209,6 +234,13 @@ def test_it_says_what_run_json_says(tmp_path: Path) -> None:
         expected += [number(error) for error in found["sites"].values()]
     expected += [number(error) for site in results["calibration"]["sites"].values() for error in site.values()]
     expected += [number(ratio) for ratio in results["key_shift"].values()]
+    for model in (results["held_out"]["original"], results["held_out"]["converted"]):
+        for top in (model["top1"], model["top5"]):
+            expected.append(f"{100 * top['value']:.1f} % ({100 * top['low']:.1f} to {100 * top['high']:.1f})")
+        expected.append(number(model["loss"]))
+    expected += ["519", "396", "p = 0.000054", "9,871 images", "782 steps on 100,096 images", "1,234,567", "0.000321"]
+    for epoch in results["training"]["history"]:
+        expected += [f"{epoch['images']:,}", number(epoch["losses"]["loss"]), number(epoch["metrics"]["top1"])]
     for row in results["cost"]["rows"]:
         expected += [f"{row['height']} × {row['width']}", f"{row['tokens']:,}", f"{row['speedup']:.2f}×"]
         expected += [number(row[f"{model}_ms"]) for model in ("original", "converted")]
@@ -239,6 +271,7 @@ def test_what_a_run_lacks_is_left_out(tmp_path: Path) -> None:
     results["fidelity"] |= {"class_cosine": None, "agreement": None, "kl": None}
     results["cost"] |= {"crossover_px": None, "crossover_note": "the converted model is faster at every measured size"}
     results["images"]["skipped"] = {}
+    del results["training"], results["held_out"]
     bare = rendered(tmp_path, run)
     text = Page(bare).text
     gone = [
@@ -246,6 +279,8 @@ def test_what_a_run_lacks_is_left_out(tmp_path: Path) -> None:
         "id=saliency",
         "id=attention",
         "id=keys",
+        "id=training",
+        "on labels",
         "class token",
         "top-1",
         "KL of",

@@ -51,8 +51,8 @@ def render(run: Path) -> Path:
 
 def _page(folder: Path, run: Run) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    said = (words.number, words.fixed, words.percent, words.duration, words.counted, words.pixels, words.flat, words.sentence)
-    environment.filters |= {word.__name__: word for word in said} | {"command": shlex.join}
+    said = (words.number, words.fixed, words.percent, words.share, words.duration, words.counted, words.pixels, words.flat)
+    environment.filters |= {word.__name__: word for word in (*said, words.sentence)} | {"command": shlex.join}
     template = environment.from_string(resources.files(__name__).joinpath("template.html.j2").read_text(encoding="utf-8"))
     found, pictures = run.results, _pictures(folder, run)
     before = found.fidelity_before.sites if found.fidelity_before else {}

@@ -101,6 +101,53 @@ class Cost(Part):
     original_attention: str | None = None
 
 
+class Interval(Part):
+    """A share of one with the ends of its confidence interval."""
+
+    value: Number
+    low: Number
+    high: Number
+
+
+class Accuracy(Part):
+    """One model on held-out labelled images; `loss` in nats an image."""
+
+    images: int
+    top1: Interval
+    top5: Interval | None = None
+    loss: Number
+
+
+class Paired(Part):
+    """Original and trained model on the same labelled images; `p` is McNemar's."""
+
+    original: Accuracy
+    converted: Accuracy
+    only_original: int
+    only_converted: int
+    p: Number
+
+
+class Epoch(Part):
+    """Means over the steps of an epoch of training; images and seconds count from its start."""
+
+    epoch: Number
+    images: int
+    seconds: Number
+    losses: dict[str, Number]
+    metrics: dict[str, Number] = {}
+
+
+class Training(Part):
+    """What training on labels did; `learning` counts the parameters that learned."""
+
+    history: tuple[Epoch, ...]
+    steps: int
+    images: int
+    seconds: Number
+    learning: int
+
+
 class Count(Part):
     """How many tensors, and how many scalars in them."""
 
@@ -135,6 +182,8 @@ class Results(Part):
     fidelity: Fidelity
     cost: Cost | None = None
     key_shift: dict[str, Number] = {}
+    training: Training | None = None
+    held_out: Paired | None = None
     images: Images
 
 
@@ -143,6 +192,7 @@ class Config(Part):
 
     conversion: dict[str, Any]
     calibration: dict[str, Any] | None = None
+    train: dict[str, Any] | None = None
     image_size: int
     sizes: tuple[tuple[int, int], ...] = ()
 

@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any, NamedTuple
 
-from lineate.report.run import Cost, CostRow, Run
+from lineate.report.run import Cost, CostRow, Interval, Run
 
 NBSP = "\u00a0"
 
@@ -90,6 +90,13 @@ def largest(cost: Cost | None) -> CostRow | None:
     return max(cost.rows, key=lambda row: row.tokens) if cost and cost.rows else None
 
 
+def share(interval: Interval | None) -> str:
+    """A share and its interval, in per cent: 71.2 % (70.1 to 72.3); "–" for None."""
+    if interval is None:
+        return "–"
+    return f"{percent(interval.value)} ({fixed(100 * interval.low, 1)} to {fixed(100 * interval.high, 1)})"
+
+
 def headline(run: Run) -> list[str]:
     """Fidelity, speed and time spent, in a sentence or two each."""
     found = run.results
@@ -105,6 +112,9 @@ def headline(run: Run) -> list[str]:
         speed = f"is {factor} times as fast as" if row.speedup >= 1 else f"runs at {factor} times the speed of"
         said.append(f"At {pixels(row)}{NBSP}px it {speed} the original ({times}).")
         said.append(sentence(found.cost.crossover_note))
+    if found.held_out:
+        ours, theirs = (percent(model.top1.value) for model in (found.held_out.converted, found.held_out.original))
+        said.append(f"Trained on labels, it has a top-1 of {ours} against the original’s {theirs}.")
     spent = f"The whole run took {duration(run.total_seconds)}"
     if calibration:
         spent += f", {duration(calibration.seconds)} of it calibration on {counted(calibration.images, 'image')}"
