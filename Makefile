@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/lineate demo --out $(OUT) --overwrite
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff check
