@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
-from lineate.core import CoreAttention, CoreConfig, Neighborhood, normalise_keys
+from lineate.core import CoreAttention, CoreConfig, Neighborhood
 from lineate.layout import LayoutError, TokenLayout
 from lineate.mixers.linear import LinearConfig
 from lineate.mixers.softmax import SoftmaxConfig
 from lineate.mixers.ttt import TTTConfig
 from lineate.ops.neighborhood import neighborhood_attention
+from lineate.ops.norm import normalise_keys
 
 HEADS, DIM = 3, 8
 LAYOUT = TokenLayout(4, 5, prefix=2, suffix=3)

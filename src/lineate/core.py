@@ -19,7 +19,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
@@ -28,11 +27,12 @@ from lineate.layout import TokenLayout
 from lineate.mixers import MIXERS, MixerConfig
 from lineate.mixers.base import Frozen
 from lineate.mixers.local import Window, attend_outside
-from lineate.mixers.ttt import TTTConfig
+from lineate.mixers.ttt import TTT, TTTConfig
+from lineate.ops.aligned import aligned_ttt
+from lineate.ops.depthwise import depthwise
 from lineate.ops.neighborhood import neighborhood_attention
-from lineate.ops.precision import wide
+from lineate.ops.norm import KeyNorm, normalise_keys
 
-KeyNorm = Literal["instance", "instance-no-std", "instance-no-mean", "layer", "rms", "none"]
 Locality = Literal["dwc-qk", "dwc-v", "cpe", "none"]
 
 
@@ -58,37 +58,6 @@ class CoreConfig(Frozen):
     locality: Locality = "dwc-qk"
     neighborhood: Neighborhood | None = None
     outside: Literal["mixer", "exact"] = "mixer"
-
-
-def normalise_keys(k: Float[Tensor, "B H N D"], kind: KeyNorm, eps: float) -> Float[Tensor, "B H N D"]:
-    """Norm the keys; statistics in fp32, result in k's dtype.
-
-    instance* norm each channel over the N tokens of a sample (equation 12), layer and rms each token over its D channels.
-    """
-    if kind == "none":
-        return k
-    x = wide(k)
-    axis = -1 if kind in ("layer", "rms") else -2
-    # Mean and mean square in two passes: exact as a two-pass variance is, and cheaper than var_mean on a CPU.
-    centred = x if kind == "rms" else x - x.mean(axis, keepdim=True)
-    if kind == "instance-no-std":
-        return centred.to(k.dtype)
-    scale = (centred.square().mean(axis, keepdim=True) + eps).rsqrt()
-    return ((x if kind == "instance-no-mean" else centred) * scale).to(k.dtype)
-
-
-def _to_grid(x: Tensor, layout: TokenLayout) -> Tensor:
-    """(B, H, N, D) -> (B, C, h, w), channels last in memory; free when x is a view of a projection's output."""
-    start, stop = layout.prefix, layout.prefix + layout.grid_tokens
-    grid: Tensor = x[:, :, start:stop].transpose(1, 2).flatten(2)
-    grid = grid.unflatten(1, (layout.height, layout.width))
-    return grid.permute(0, 3, 1, 2)
-
-
-def _from_grid(grid: Tensor, layout: TokenLayout, heads: int) -> Tensor:
-    """(B, C, h, w) -> (B, H, N, D) with zeros for the prefix and suffix tokens."""
-    tokens = grid.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (heads, -1)).transpose(1, 2)
-    return F.pad(tokens, (0, 0, layout.prefix, layout.suffix)) if layout.prefix or layout.suffix else tokens
 
 
 def _depthwise(channels: int) -> nn.Conv2d:
@@ -124,11 +93,10 @@ class CoreAttention(nn.Module):
         """Give x + DWC(x) on the grid tokens of x (B, N, C) with locality "cpe"; x itself otherwise."""
         if self.config.locality != "cpe":
             return x
-        x = x.unsqueeze(1)
-        return (x + _from_grid(self.x_conv(_to_grid(x, layout)), layout, 1)).squeeze(1)
+        return x + self._convolved(self.x_conv, x.unsqueeze(1), layout).squeeze(1)
 
-    def _convolve(self, conv: nn.Conv2d, x: Tensor, layout: TokenLayout) -> Tensor:
-        return _from_grid(conv(_to_grid(x, layout)), layout, self.heads)
+    def _convolved(self, conv: nn.Conv2d, x: Tensor, layout: TokenLayout) -> Tensor:
+        return depthwise(x, conv.weight, conv.bias, layout.height, layout.width, layout.prefix)
 
     def forward(
         self, q: Float[Tensor, "B H N D"], k: Float[Tensor, "B H N D"], v: Float[Tensor, "B H N D"], layout: TokenLayout
@@ -139,14 +107,27 @@ class CoreAttention(nn.Module):
         if self.config.qk_affine:
             mixed_q = q * self.q_scale[:, None] + self.q_offset[:, None]
             mixed_k = k * self.k_scale[:, None] + self.k_offset[:, None]
-        mixed_k = normalise_keys(mixed_k, self.config.key_norm, self.config.key_norm_eps)
-        if self.config.locality == "dwc-qk":
-            mixed_q = mixed_q + self._convolve(self.q_conv, mixed_q, layout)
-            mixed_k = mixed_k + self._convolve(self.k_conv, mixed_k, layout)
-        out: Tensor = self.mixer(mixed_q, mixed_k, v, layout)
+        out = self._mix(mixed_q, mixed_k, v, layout)
         if self.config.locality == "dwc-v":
-            out = out + self._convolve(self.v_conv, v, layout)
+            out = out + self._convolved(self.v_conv, v, layout)
         return self._join(out, q, k, v, layout)
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
+        """Key norm, DWC-QK and mixer, in one operator where there is one for them."""
+        norm, eps, local = self.config.key_norm, self.config.key_norm_eps, self.config.locality == "dwc-qk"
+        if isinstance(self.mixer, TTT) and norm in ("instance", "none"):
+            convs = (self.q_conv, self.k_conv) if local else ()
+            return aligned_ttt(
+                q, k, v, self.mixer.weights, layout.height, layout.width, layout.prefix,
+                convolutions=[getattr(conv, name) for conv in convs for name in ("weight", "bias")] or None,
+                eps=eps if norm == "instance" else None, model=self.mixer.config.inner, loss=self.mixer.config.loss,
+            )  # fmt: skip
+        k = normalise_keys(k, norm, eps)
+        if local:
+            q = q + self._convolved(self.q_conv, q, layout)
+            k = k + self._convolved(self.k_conv, k, layout)
+        out: Tensor = self.mixer(q, k, v, layout)
+        return out
 
     def _join(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
         """Mix neighborhood attention into the grid tokens, and answer the tokens outside exactly, where the config says so."""

@@ -43,7 +43,11 @@ class TTT(TokenMixer):
         for name in self.names:
             nn.init.trunc_normal_(getattr(self, name), std=std, a=-2 * std, b=2 * std)
 
+    @property
+    def weights(self) -> list[Tensor]:
+        """The start weights, in order."""
+        return [getattr(self, name) for name in self.names]
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
         """(B, H, N, D) x 3 -> (B, H, N, D); every token takes part, grid or not."""
-        weights = [getattr(self, name) for name in self.names]
-        return ttt(q, k, v, weights, self.config.inner, self.config.loss)
+        return ttt(q, k, v, self.weights, self.config.inner, self.config.loss)
