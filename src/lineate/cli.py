@@ -16,10 +16,36 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from lineate.cli_generate import generate
+from lineate.cli_options import (
+    FORMS,
+    SOURCE,
+    Config,
+    CropPct,
+    Data,
+    DemoPreset,
+    Device,
+    Epochs,
+    HeldOut,
+    Images,
+    ImageSize,
+    Out,
+    OutFile,
+    Overwrite,
+    Preset,
+    Recipe,
+    Seed,
+    Set,
+    Sizes,
+    SourceArgument,
+    Split,
+    StrictData,
+    Workers,
+    converted_as,
+)
+from lineate.cli_options import settings as read
 from lineate.terminal import Screen, screen, show, show_accuracy, show_conversions, show_cost
 
 if TYPE_CHECKING:
-    from lineate.convert import Conversion
     from lineate.linearize import Plan
     from lineate.settings import Settings
 
@@ -89,49 +115,6 @@ class Commands(TyperGroup):
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(generate)
 
-_SOURCE = "embedded, timm:NAME, timm:NAME@CHECKPOINT, transformers:NAME, or a directory saved by lineate"
-SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help=f"The model: {_SOURCE}.")]
-Preset = Annotated[str | None, typer.Option(help="Name of a conversion; `lineate presets` lists them (default: t5).")]
-DemoPreset = Annotated[str | None, typer.Option(help="Name of a conversion; `lineate presets` lists them (default: t5-plus).")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="One field, for example mixer.inner=2layer.")]
-Config = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Conversion, calibration, training; a run.json will do.")]
-Images = Annotated[Path, typer.Option(metavar="DIR", help="Folder of photographs, searched through; no labels.")]
-HeldOut = Annotated[Path | None, typer.Option(metavar="DIR", help="Photographs to measure on (default: every 5th of --images).")]
-Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write, which must not exist.")]
-OutFile = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the figures there too.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote there.")]
-ImageSize = Annotated[int | None, typer.Option(metavar="PX", help="Side of the pictures (default: the model's own).")]
-Sizes = Annotated[str | None, typer.Option(metavar="PX,...", help="Sizes to time at: 224,448 or 448x672.")]
-_FORMS = "a folder with a sub-folder per class, a folder or file of parquet, hf:NAME or hf:NAME:CONFIG"
-Data = Annotated[str, typer.Option(metavar="DATA", help=f"Labelled images: {_FORMS}.")]
-Split = Annotated[str | None, typer.Option(help="Which part of DATA (default: test, else validation, else the only one).")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that read and decode pictures.")]
-StrictData = Annotated[bool, typer.Option("--strict-data", help="Stop at a picture that cannot be read; default: leave it out.")]
-CropPct = Annotated[float | None, typer.Option(help="Share of the resized picture that is kept (default: the model's own).")]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn (default: 0).")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Recipe = Annotated[str | None, typer.Option(help="Name of a training: t5, t5-freeze, t5-lora or deit (default: t5).")]
-Epochs = Annotated[float | None, typer.Option(metavar="N", help="Epochs, with the recipe's warm-up in proportion.")]
-
-
-def _settings(
-    source: str, preset: str | None, config: Path | None, assignments: list[str] | None, seed: int | None, **training: Any
-) -> Settings:
-    from lineate.settings import read_settings
-
-    converted = _converted(source)
-    return read_settings(
-        preset_name=preset, config=config, assignments=assignments or (), seed=seed, converted=converted, **training
-    )  # fmt: skip
-
-
-def _converted(source: str) -> Conversion | None:
-    """The conversion of a saved directory; None for a source that is still to be converted."""
-    from lineate.checkpoint import read_record
-
-    conversion = read_record(source).conversion if source and Path(source).is_dir() else None
-    return None if conversion is None or conversion.keeps_softmax else conversion
-
 
 def _plan(settings: Settings, sizes: str | None, image_size: int | None, **rest: Any) -> Plan:
     from lineate.linearize import Plan
@@ -174,7 +157,7 @@ def linearize(
     source: SourceArgument, images: Images, out: Out, held_out: HeldOut = None, preset: Preset = None, config: Config = None,
     set_: Set = None, image_size: ImageSize = None, seed: Seed = None, sizes: Sizes = None, overwrite: Overwrite = False,
     device: Device = "cpu",
-    data: Annotated[str | None, typer.Option(metavar="DATA", help=f"Labelled images to train on: {_FORMS}.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="DATA", help=f"Labelled images to train on: {FORMS}.")] = None,
     recipe: Recipe = None, epochs: Epochs = None,
 ) -> None:  # fmt: skip
     """Convert, calibrate, with --data train, measure fidelity, time, and write OUT/report.html beside OUT/model."""
@@ -184,7 +167,7 @@ def linearize(
 
     if data is None and (recipe is not None or epochs is not None):
         raise SettingsError(f"{'--recipe' if recipe is not None else '--epochs'} is for training, which needs --data")
-    settings = _settings(source, preset, config, set_, seed, trains=data is not None, recipe=recipe, epochs=epochs)
+    settings = read(source, preset, config, set_, seed, trains=data is not None, recipe=recipe, epochs=epochs)
     photographs = tuple(find_images(images))
     if held_out is None:
         photographs, measured = split(photographs)
@@ -202,44 +185,48 @@ def train(
     held_out_data: Annotated[str | None, typer.Option(metavar="DATA", help="What to measure on (default: in --data).")] = None,
     preset: Preset = None, recipe: Recipe = None, epochs: Epochs = None, config: Config = None, set_: Set = None,
     calibrate_on: Annotated[Path | None, typer.Option(metavar="DIR", help="Photographs to calibrate on before.")] = None,
-    scratch: Annotated[bool, typer.Option("--scratch", help="Draw the weights of timm:NAME instead of loading them.")] = False,
+    scratch: Annotated[bool, typer.Option("--scratch", help="Draw the weights of timm:NAME or dit:NAME, not load them.")] = False,
+    vae: Annotated[Path | None, typer.Option(metavar="DIR", help="diffusers' AutoencoderKL, for a denoiser of latents.")] = None,
+    cache: Annotated[Path | None, typer.Option(metavar="DIR", help="A denoiser's pictures made ready (OUT.cache).")] = None,
     stream: Annotated[int | None, typer.Option(min=1, metavar="N", help="Read in passing, N pictures an epoch.")] = None,
     image_size: ImageSize = None, strict_data: StrictData = False, seed: Seed = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT's newest checkpoint.")] = False,
     overwrite: Overwrite = False, device: Device = "cpu",
 ) -> None:  # fmt: skip
-    """Convert, train on labelled images and measure top-1; on many devices: accelerate launch -m lineate train ..."""
-    from lineate.finetune import TrainPlan
+    """Convert and train, a classifier or a denoiser, on labelled images; many devices: accelerate launch -m lineate train ..."""
+    from lineate.evaluate.top1 import Top1
     from lineate.finetune import train as run_it
     from lineate.images import find_images
+    from lineate.tasks.base import TrainPlan
 
-    settings = _settings(source, preset, config, set_, seed, trains=True, recipe=recipe, epochs=epochs)
+    settings = read(source, preset, config, set_, seed, trains=True, recipe=recipe, epochs=epochs)
     assert settings.train is not None
     plan = TrainPlan(
         source, data, out, settings.conversion, settings.train, settings.calibration, held_out=held_out_data,
         photographs=tuple(find_images(calibrate_on)) if calibrate_on is not None else (), preset=settings.preset,
         recipe=settings.recipe, scratch=scratch, image_size=image_size if image_size is not None else settings.image_size,
-        stream=stream, strict=strict_data, resume=resume, overwrite=overwrite, device=device,
+        stream=stream, strict=strict_data, resume=resume, overwrite=overwrite, device=device, vae=vae, cache=cache,
     )  # fmt: skip
     with screen() as shown:
-        figures = run_it(plan, say=shown.say, progress=shown.progress)
-    if figures is not None:
-        show_accuracy({str(out / "model"): figures}, None)
-        typer.echo(f"model: {out / 'model'}")
+        done = run_it(plan, say=shown.say, progress=shown.progress)
+    if done is not None:
+        if isinstance(done.figures, Top1):
+            show_accuracy({str(out / "model"): done.figures}, None)
+        typer.echo(f"model: {done.model}")
 
 
 @app.command()
 def demo(
-    out: Out, source: Annotated[str, typer.Option(help=f"The model: {_SOURCE}.")] = "embedded", preset: DemoPreset = None,
+    out: Out, source: Annotated[str, typer.Option(help=f"The model: {SOURCE}.")] = "embedded", preset: DemoPreset = None,
     config: Config = None, set_: Set = None, image_size: ImageSize = None, seed: Seed = None, sizes: Sizes = None,
     overwrite: Overwrite = False, device: Device = "cpu",
 ) -> None:  # fmt: skip
     """Linearize the embedded ViT-S/14 on photographs that Python packages ship; the default preset here is t5-plus."""
     from lineate.embedded import CALIBRATION_PHOTOS, HELD_OUT_PHOTOS, photographs
 
-    if preset is None and config is None and _converted(source) is None:
+    if preset is None and config is None and converted_as(source) is None:
         preset = "t5-plus"
-    settings = _settings(source, preset, config, set_, seed)
+    settings = read(source, preset, config, set_, seed)
     _run(_plan(settings, sizes, image_size, source=source, photographs=tuple(photographs(CALIBRATION_PHOTOS)),
                held_out=tuple(photographs(HELD_OUT_PHOTOS)), out=out, overwrite=overwrite, device=device))  # fmt: skip
 
@@ -256,17 +243,17 @@ def convert(
     from lineate.linearize import describe, tensor_counts
     from lineate.sources import load_source
 
-    if _converted(source) is not None:
+    if converted_as(source) is not None:
         from lineate.convert import ConversionError
 
         raise ConversionError(f"{source} is converted already; choices: embedded, timm:NAME ...")
-    settings = _settings(source, preset, config, set_, seed)
+    settings = read(source, preset, config, set_, seed)
     check_target(out.resolve(), overwrite)
     loaded = load_source(source)
     assert settings.conversion is not None
     model = convert_model(loaded.model, settings.conversion, interpolated=loaded.interpolated)
     saved = save(model, out, delta=delta, overwrite=overwrite)
-    about = describe(loaded, model, None, preset=settings.preset, seed=settings.conversion.seed)
+    about = describe(loaded.name, model, None, preset=settings.preset, seed=settings.conversion.seed)
     runs.write_json(saved / RUN, about | {"results": {"tensors": tensor_counts(model)}})
     typer.echo(f"model: {saved}")
 
@@ -282,7 +269,7 @@ def calibrate(
     from lineate.images import find_images
     from lineate.linearize import check_readable, crops, describe, fit, load_pair, tensor_counts
 
-    settings = _settings(source, preset, config, set_, seed)
+    settings = read(source, preset, config, set_, seed)
     paths = find_images(images)
     check_readable(paths)
     check_target(out.resolve(), overwrite)
@@ -297,8 +284,8 @@ def calibrate(
         if pool.skipped:
             shown.say(f"skipped {len(pool.skipped)} unreadable: {', '.join(path.name for path in pool.skipped)}")
     saved = save(pair.converted, out, overwrite=overwrite)
-    about = describe(pair.source, pair.converted, settings.calibration, preset=settings.preset, seed=settings.calibration.seed,
-                     image_size=pair.source.image_size)  # fmt: skip
+    about = describe(pair.source.name, pair.converted, settings.calibration, preset=settings.preset,
+                     seed=settings.calibration.seed, image_size=pair.source.image_size)  # fmt: skip
     skipped = {str(path): reason for path, reason in pool.skipped.items()}
     results = {"tensors": tensor_counts(pair.converted), "calibration": result.model_dump(mode="json"),
                "images": {"calibration": len(pool.paths) - len(skipped), "skipped": skipped}}  # fmt: skip
@@ -321,7 +308,7 @@ def bench(
     from lineate.linearize import choose_sizes, load_pair, measure_cost
     from lineate.settings import parse_sizes
 
-    settings = _settings(source, preset, config, set_, None)
+    settings = read(source, preset, config, set_, None)
     wanted = parse_sizes(sizes) if sizes is not None else settings.sizes
     place = runs.find_device(device)
     runs.check_file(out, overwrite)

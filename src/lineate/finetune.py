@@ -1,4 +1,4 @@
-"""The other job: load -> convert -> (calibrate) -> train on labelled images -> measure on held-out ones -> RUN/model.
+"""The other job: load -> convert -> (calibrate) -> train -> measure -> RUN/model; what is learned is the task's to say.
 
 Under `accelerate launch` every process does this with the others; the first alone speaks and writes. All that can be checked is
 checked before the first long step. RUN/checkpoints and RUN/history.jsonl stay whatever happens, for --resume; when the run is
@@ -7,60 +7,33 @@ whole, RUN/run.json says what it takes to repeat it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lineate import checkpoint, runs
-from lineate.calibrate import CalibrationConfig, CalibrationResult
-from lineate.convert import Conversion, record
-from lineate.data import check_classes
+from lineate.calibrate import CalibrationResult
 from lineate.evaluate import Progress
-from lineate.evaluate.top1 import Outcome, Top1, classes, processes
-from lineate.linearize import Clock, Pair, _nothing, check_readable, crops, describe, fit, load_pair, tensor_counts
+from lineate.evaluate.top1 import processes
+from lineate.linearize import Clock, _nothing, describe, tensor_counts
+from lineate.tasks import task_of
+from lineate.tasks.base import Say, Task, TrainPlan
 from lineate.train import checkpoints
-from lineate.train.classify import Splits, classify, open_splits
-from lineate.train.config import TrainConfig
-from lineate.train.data import Ordered
-from lineate.train.loop import FitResult
-from lineate.train.randomness import HOST, derive, left_alone, seed_all
-
-Say = Callable[[str], None]
+from lineate.train.loop import FitResult, fit
 
 
 @dataclass(frozen=True)
-class TrainPlan:
-    """All that `train` needs to know. `conversion` is None for a source that is converted already.
+class Trained:
+    """What a training left: where the model is, and the task's figures, if it takes any."""
 
-    With `scratch` the host's weights are drawn, not pretrained: a baseline. `held_out` is the data to measure on where it is not
-    a split of `data`; `photographs` are calibrated on first, if any. With `stream`, so many pictures an epoch are read in
-    passing.
-    """
-
-    source: str
-    data: str
-    out: Path
-    conversion: Conversion | None
-    train: TrainConfig
-    calibration: CalibrationConfig
-    held_out: str | None = None
-    photographs: tuple[Path, ...] = ()
-    scratch: bool = False
-    preset: str | None = None
-    recipe: str | None = None
-    image_size: int | None = None
-    stream: int | None = None
-    strict: bool = False
-    resume: bool = False
-    overwrite: bool = False
-    device: str = "cpu"
-    command: tuple[str, ...] = field(default_factory=lambda: tuple(runs.command_line()))
+    model: Path
+    figures: Any
 
 
-def train(plan: TrainPlan, *, say: Say = _nothing, progress: Progress = _nothing) -> Top1 | None:
-    """Do the whole plan and return the held-out accuracy; None in all processes but the first, which alone says anything.
+def train(plan: TrainPlan, *, say: Say = _nothing, progress: Progress = _nothing) -> Trained | None:
+    """Do the whole plan and return what came of it; None in all processes but the first, which alone says anything.
 
     Raises one of the package's own errors, one line each; then nothing is left at `plan.out` but what can be resumed.
     """
@@ -71,34 +44,33 @@ def train(plan: TrainPlan, *, say: Say = _nothing, progress: Progress = _nothing
     say, progress = (say, progress) if first else (_nothing, _nothing)
     if first:
         check_folder(plan)
-    if plan.photographs:
-        check_readable(plan.photographs)
-    splits = open_splits(plan.data, plan.held_out, stream=plan.stream, strict=plan.strict)
+    task = task_of(plan, say)
     say(f"loading {plan.source}")
     with clock("load"):
-        pair = _load(plan, len(splits.train.classes))
-    check_classes(splits.train, classes(pair.converted))
-    Ordered(splits.pictures, plan.train).steps(together.num_processes if together is not None else 1)
-    pair.converted.to(together.device if together is not None else place)
-    distills = plan.train.distill.logits or plan.train.distill.features
-    with clock("calibrate"):
-        calibration = _calibrate(plan, pair, say, progress)
+        task.load()
+    task.check(together.num_processes if together is not None else 1)
+    task.model.to(together.device if together is not None else place)
+    calibration = None
+    if not (plan.resume and checkpoints.newest(plan.out) is not None):  # a checkpoint has what became of it
+        with clock("calibrate"):
+            calibration = task.calibrate(progress)
     with _folder(plan, first):
         if together is not None:
             together.wait_for_everyone()
-        say(f"training on {splits.pictures} pictures of {len(splits.train.classes)} classes")
+        with clock("prepare"):
+            lesson = task.lesson(together, progress)
         with clock("train"):
-            result, outcome = classify(
-                pair.source, splits, plan.train, plan.out, original=pair.original if distills else None, resume=plan.resume,
-                about=_about(plan), say=say, progress=progress,
+            result = fit(
+                task.model, lesson.batches, lesson.objective, plan.train, plan.out,
+                evaluate=lesson.evaluate, resume=plan.resume, about=_about(plan), say=say, progress=progress,
             )  # fmt: skip
+        with clock("measure"):
+            figures = task.measure()
         if not first:
             return None
-        if splits.train.skipped:
-            say(f"skipped {len(splits.train.skipped)} unreadable: {', '.join(splits.train.skipped)}")
-        checkpoint.save(pair.converted, plan.out / "model", overwrite=True)
-        runs.write_json(plan.out / "run.json", _written(plan, pair, splits, calibration, result, outcome, clock))
-    return outcome.figures
+        saved = checkpoint.save(task.model, plan.out / "model", overwrite=True)
+        runs.write_json(plan.out / "run.json", _written(plan, task, calibration, result, figures, clock))
+    return Trained(saved, figures)
 
 
 def check_folder(plan: TrainPlan) -> None:
@@ -113,15 +85,6 @@ def check_folder(plan: TrainPlan) -> None:
         runs.check_folder(plan.out, plan.overwrite)
 
 
-def _calibrate(plan: TrainPlan, pair: Pair, say: Say, progress: Progress) -> CalibrationResult | None:
-    """Calibrate where there are photographs, unless a checkpoint has what became of it."""
-    if not plan.photographs or (plan.resume and checkpoints.newest(plan.out) is not None):
-        return None
-    pool = crops(pair.source, plan.photographs, plan.calibration, plan.calibration.seed)
-    say(f"calibrating {len(record(pair.converted).sites)} sites on {pool.count} crops of {len(pool.paths)} photographs")
-    return fit(pair.converted, pool, plan.calibration, progress)
-
-
 @contextmanager
 def _folder(plan: TrainPlan, first: bool) -> Iterator[None]:
     """The run's folder, the old one or a new one, with a history that marks it as a run."""
@@ -131,15 +94,6 @@ def _folder(plan: TrainPlan, first: bool) -> Iterator[None]:
     with runs.run_folder(plan.out, plan.overwrite):
         (plan.out / checkpoints.HISTORY).touch()
         yield
-
-
-def _load(plan: TrainPlan, classes: int) -> Pair:
-    """Source and conversion; from scratch, the same weights in every process."""
-    if not plan.scratch:
-        return load_pair(plan.source, plan.conversion, image_size=plan.image_size)
-    with left_alone():
-        seed_all(derive(HOST, plan.train.seed))
-        return load_pair(plan.source, plan.conversion, image_size=plan.image_size, scratch=classes)
 
 
 def _about(plan: TrainPlan) -> dict[str, Any]:
@@ -153,21 +107,20 @@ def _about(plan: TrainPlan) -> dict[str, Any]:
 
 
 def _written(
-    plan: TrainPlan, pair: Pair, splits: Splits, calibration: CalibrationResult | None, result: FitResult, outcome: Outcome,
-    clock: Clock,
-) -> dict[str, Any]:  # fmt: skip
+    plan: TrainPlan, task: Task, calibration: CalibrationResult | None, result: FitResult, figures: Any, clock: Clock
+) -> dict[str, Any]:
     """What run.json holds."""
-    data = {"train": plan.data, "held_out": plan.held_out or plan.data, "held_out_split": splits.held_out.split}
+    told = task.told()
     about = describe(
-        pair.source, pair.converted, plan.calibration if plan.photographs else None, preset=plan.preset, seed=plan.train.seed,
-        train=plan.train.model_dump(mode="json"), image_size=pair.source.image_size,
+        task.name, task.model, plan.calibration if plan.photographs else None, preset=plan.preset, seed=plan.train.seed,
+        train=plan.train.model_dump(mode="json"), image_size=task.image_size,
     )  # fmt: skip
     results = {
-        "tensors": tensor_counts(pair.converted),
+        "tensors": tensor_counts(task.model),
         "calibration": calibration.model_dump(mode="json") if calibration else None,
         "training": result.model_dump(mode="json"),
-        "held_out": outcome.figures.model_dump(mode="json"),
-        "images": {"train": splits.pictures, "held_out": len(splits.held_out), "skipped": splits.train.skipped},
+        "held_out": figures.model_dump(mode="json") if figures is not None else None,
+        "images": told["images"],
     }
-    asked = {"recipe": plan.recipe, "data": data, "command": list(plan.command)}
+    asked = {"recipe": plan.recipe, "data": told["data"], "command": list(plan.command)}
     return about | asked | {"seconds": clock.read(), "results": results}

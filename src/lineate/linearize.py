@@ -264,7 +264,7 @@ def linearize(plan: Plan, *, say: Say = _nothing, progress: Progress = _nothing)
         config: dict[str, Any] = {"image_size": pair.source.image_size, "sizes": [list(size) for size in sizes]}
         if plan.train is not None:
             config["train"] = plan.train.model_dump(mode="json")
-        about = describe(pair.source, pair.converted, plan.calibration, preset=plan.preset, seed=plan.seed, **config)
+        about = describe(pair.source.name, pair.converted, plan.calibration, preset=plan.preset, seed=plan.seed, **config)
         runs.write_json(plan.out / "run.json", about | {"command": list(plan.command), "data": plan.data} | done)
         return render(plan.out)
 
@@ -284,16 +284,20 @@ def _splits(plan: Plan, pair: Pair) -> Splits | None:
 
 def _train(plan: Plan, pair: Pair, splits: Splits, say: Say, progress: Progress) -> dict[str, Any]:
     """Train the calibrated model, and measure it and its original on what was held out; the results of both."""
-    from lineate.train.classify import classify
+    from lineate.train.classify import lesson, measure
+    from lineate.train.loop import fit as learn
 
     assert plan.train is not None
     say(f"measuring the original on {len(splits.held_out)} held-out pictures")
     transform, batch = prepare(pair.source).transform(), plan.train.batch
     before = top_k(pair.original, splits.held_out, transform, batch=batch, workers=plan.train.workers, progress=progress)
     say(f"training on {splits.pictures} pictures of {len(splits.train.classes)} classes")
-    result, after = classify(
-        pair.source, splits, plan.train, plan.out, original=pair.original, say=say, progress=progress
+    learned = lesson(pair.source, splits, plan.train, pair.original)
+    result = learn(
+        pair.converted, learned.batches, learned.objective, plan.train, plan.out, evaluate=learned.evaluate, say=say,
+        progress=progress,
     )  # fmt: skip
+    after = measure(pair.converted, pair.source, splits, plan.train)
     return {
         "training": result.model_dump(mode="json"),
         "held_out": compare(before, after).model_dump(mode="json"),
@@ -369,7 +373,7 @@ def analyze(
 
 
 def describe(
-    source: Source, model: nn.Module, calibration: CalibrationConfig | None, *, preset: str | None, seed: int, **config: Any
+    source: str, model: nn.Module, calibration: CalibrationConfig | None, *, preset: str | None, seed: int, **config: Any
 ) -> dict[str, Any]:
     """What it takes to repeat what was done to the converted `model`: the head of every run.json; `config` adds to its own."""
     asked = {"conversion": record(model).conversion.model_dump(mode="json")}
@@ -379,7 +383,7 @@ def describe(
         "lineate": __version__,
         "command": runs.command_line(),
         "created": runs.now(),
-        "source": source.name,
+        "source": source,
         "preset": preset,
         "seed": seed,
         "config": asked | config,

@@ -1,6 +1,6 @@
 """What the command line says of a conversion, its calibration and its training, made into their configs.
 
-    --preset NAME        where to start; t5 where nothing is said
+    --preset NAME        where to start; t5 where nothing is said, or dit5 for a denoiser
     --recipe NAME        likewise for training, where a command trains
     --config FILE.json   {"conversion": {...}, "calibration": {...}, "train": {...}}, as run.json's "config" has it; a run.json
                          itself will do, and a command that does not train passes over "train"
@@ -25,10 +25,9 @@ from lineate.core import Neighborhood
 from lineate.mixers import MIXERS
 from lineate.mixers.base import Frozen
 from lineate.recipes import RECIPES
-from lineate.train.config import Augment, Distill, Lora, TrainConfig
+from lineate.train.config import Augment, Denoise, Distill, Lora, TrainConfig
 
-DEFAULT_PRESET, DEFAULT_RECIPE = "t5", "t5"
-TRAIN_PARTS: dict[str, type[Frozen]] = {"augment": Augment, "distill": Distill, "lora": Lora}
+TRAIN_PARTS: dict[str, type[Frozen]] = {"augment": Augment, "denoise": Denoise, "distill": Distill, "lora": Lora}
 
 
 class SettingsError(ValueError):
@@ -60,11 +59,13 @@ def read_settings(
     trains: bool = False,
     recipe: str | None = None,
     epochs: float | None = None,
+    default: str = "t5",
 ) -> Settings:
     """The settings that the options say. `seed` is the conversion's, the calibration's and the training's.
 
     `converted` is the conversion of a source that is converted already: no other can be said, only the rest. `epochs` shortens
-    or lengthens a recipe with its warm-up, where `trains`. Raises `SettingsError`, or `ConversionError` for an unknown preset.
+    or lengthens a recipe with its warm-up, where `trains`. `default` names the preset and the recipe where none is said.
+    Raises `SettingsError`, or `ConversionError` for an unknown preset.
     """
     if seed is not None and not 0 <= seed < 2**63:
         raise SettingsError(f"--seed must be 0 to 2**63 - 1, got {seed}")
@@ -82,11 +83,11 @@ def read_settings(
             free = "calibration.* and train.*" if trains else "calibration.*"
             what = f"--set {beyond[0]}" if beyond else "--preset" if preset_name is not None else f"the conversion in {config}"
             raise SettingsError(f"the source is converted already, so {what} cannot change it; only {free} can be set")
-    chosen = None if converted is not None or said.get("conversion") is not None else preset_name or DEFAULT_PRESET
+    chosen = None if converted is not None or said.get("conversion") is not None else preset_name or default
     fields = said.get("conversion") if chosen is None else preset(chosen).model_dump(mode="json")
     fields = (fields or {}) | {"calibration": said.get("calibration") or {}}
     if trains:
-        fields["train"] = _training(said.get("train"), recipe, epochs, config)
+        fields["train"] = _training(said.get("train"), recipe, epochs, config, default)
     for path, value in pairs:
         _assign(fields, path, value)
     calibration, train = fields.pop("calibration"), fields.pop("train", None)
@@ -97,18 +98,20 @@ def read_settings(
     whole = {key: value for key, value in said.items() if key in ("image_size", "sizes")}
     whole |= {"conversion": None if converted is not None else fields, "calibration": calibration, "preset": chosen}
     if trains:
-        whole |= {"train": train, "recipe": None if said.get("train") else recipe or DEFAULT_RECIPE}
+        whole |= {"train": train, "recipe": None if said.get("train") else recipe or default}
     try:
         return Settings.model_validate(whole)
     except ValidationError as error:
         raise SettingsError("; ".join(_tell(item) for item in error.errors())) from error
 
 
-def _training(said: dict[str, Any] | None, recipe: str | None, epochs: float | None, config: Path | None) -> dict[str, Any]:
+def _training(
+    said: dict[str, Any] | None, recipe: str | None, epochs: float | None, config: Path | None, default: str
+) -> dict[str, Any]:
     """Fields of the training: a config's whole, or those of a recipe, made longer or shorter."""
     if said and recipe is not None:
         raise SettingsError(f"{config} gives the training whole, and --recipe {recipe} another; give one of them")
-    name = recipe or DEFAULT_RECIPE
+    name = recipe or default
     if name not in RECIPES:
         raise SettingsError(f"unknown recipe {name!r}; choices: {', '.join(RECIPES)}")
     fields = dict(said or RECIPES[name]().model_dump(mode="json"))

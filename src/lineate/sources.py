@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ from lineate.released import ReleasedError, load_dit, read_released
 
 FORMS = "embedded, timm:NAME, timm:NAME@CHECKPOINT, transformers:NAME, or a directory saved by lineate"
 DENOISERS = "dit:NAME@CHECKPOINT, or a directory saved by lineate"
+DRAWN = "dit:NAME or dit:ARGUMENT=VALUE,..."
+DENOISING = ("lineate", "diffusers")  # the families of denoisers
 TOWERS = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}  # the part of transformers' two-tower models that sees
 RESAMPLED = ("pos_embed", "patch_embed.proj.weight")  # what timm's filter fits to another grid or patch
 
@@ -79,34 +83,74 @@ def load_source(text: str, *, image_size: int | None = None, scratch: int | None
     raise SourceError(f"unknown source {text!r}; choices: {FORMS}")
 
 
-def load_denoiser(text: str) -> nn.Module:
-    """The denoiser that `text` names, on the CPU, in eval mode. Raises `SourceError`, or `CheckpointError` from a directory."""
+def is_denoiser(text: str) -> bool:
+    """Whether `text` names a denoiser, as far as can be told without its weights."""
     if text.startswith("dit:"):
-        return _dit_source(text.removeprefix("dit:"))
+        return True
+    return bool(text) and Path(text).is_dir() and checkpoint.read_record(text).family in DENOISING
+
+
+def load_denoiser(text: str, *, drawn: Mapping[str, Any] | None = None) -> nn.Module:
+    """The denoiser that `text` names, on the CPU, in eval mode; a saved one that keeps softmax as its host.
+
+    With `drawn`, what its data say of it, the weights of a DiT are drawn from torch's generator instead of loaded.
+    Raises `SourceError`, or `CheckpointError` from a directory.
+    """
+    if text.startswith("dit:"):
+        return _dit_source(text.removeprefix("dit:"), drawn)
+    if drawn is not None:
+        raise SourceError(f"only a DiT can be drawn anew, got {text!r}; choices: {DRAWN}")
     if text and Path(text).is_dir():
         saved = checkpoint.load(text)
-        if detect(saved).name not in ("lineate", "diffusers"):
+        if detect(saved).name not in DENOISING:
             raise SourceError(f"{text} holds a {type(saved).__name__}, which is no denoiser; choices: {DENOISERS}")
-        return saved
+        return checkpoint.original_of(saved) if record(saved).conversion.keeps_softmax else saved
     raise SourceError(f"unknown denoiser {text!r}; choices: {DENOISERS}")
 
 
-def _dit_source(text: str) -> nn.Module:
-    from lineate.models.dit import DIT_MODELS
+def _dit_source(text: str, drawn: Mapping[str, Any] | None) -> nn.Module:
+    from lineate.models.dit import DiT
 
-    name, _, file = text.partition("@")
-    if name not in DIT_MODELS:
-        raise SourceError(f"unknown DiT {name!r}; choices: {', '.join(DIT_MODELS)}")
+    name, at, file = text.partition("@")
+    asked = _dit_arguments(name)
+    if drawn is not None:
+        if at:
+            raise SourceError(f"'dit:{text}' is drawn anew, so it has no file; choices: {DRAWN}")
+        try:
+            return DiT(**{**drawn, **asked}).eval()
+        except (TypeError, ValueError) as error:
+            raise SourceError(f"no DiT can be made of 'dit:{text}': {_reason(error)}") from error
     if not file:
         raise SourceError(f"no file after the @ of 'dit:{text}'; choices: {DENOISERS}")
     try:
-        model = load_dit(file, num_heads=DIT_MODELS[name]["num_heads"])
+        model = load_dit(file, num_heads=asked.get("num_heads"))
     except ReleasedError as error:
         raise SourceError(str(error)) from error
-    for argument, asked in DIT_MODELS[name].items():
-        if model.arguments[argument] != asked:
-            raise SourceError(f"{file} is no {name}: its {argument} is {model.arguments[argument]}, not {asked}")
+    for argument, value in asked.items():
+        if model.arguments[argument] != value:
+            raise SourceError(f"{file} is no {name}: its {argument} is {model.arguments[argument]}, not {value}")
     return model
+
+
+def _dit_arguments(text: str) -> dict[str, Any]:
+    """The arguments of `DiT` that a name of the paper's stands for, or that are written out, as in patch_size=2,depth=6."""
+    from lineate.models.dit import DIT_MODELS, DiT
+
+    if text in DIT_MODELS:
+        return DIT_MODELS[text]
+    known = inspect.signature(DiT).parameters
+    found: dict[str, Any] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise SourceError(f"unknown DiT {text!r}; choices: {', '.join(DIT_MODELS)}, or ARGUMENT=VALUE,...")
+        if name not in known:
+            raise SourceError(f"unknown argument {name!r} of a DiT; choices: {', '.join(known)}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            raise SourceError(f"{name} of a DiT cannot be {value!r}") from None
+    return found
 
 
 def _timm_source(text: str, image_size: int | None, scratch: int | None) -> Source:

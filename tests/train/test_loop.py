@@ -131,19 +131,20 @@ def test_fp16_is_refused_on_a_cpu(tmp_path: Path, converted: Models, small: Smal
         train(converted(), small(precision="fp16"), tmp_path)
 
 
+@pytest.mark.parametrize("warmup", [True, False])
 def test_averaged_weights_are_evaluated_and_kept(
-    tmp_path: Path, converted: Models, small: Small, train: Train, pictures: LabelledImages
+    tmp_path: Path, converted: Models, small: Small, train: Train, pictures: LabelledImages, warmup: bool
 ) -> None:
-    """The average of two steps, by hand: it begins at the weights after the first, then a_t = d·a + (1 - d)·w."""
-    averaged, steps = converted(), [converted(), converted(), converted()]
-    result = train(averaged, small(max_steps=3, ema=0.3), tmp_path / "average", evaluate=accuracy(pictures))
+    """a_t = d·a + (1 - d)·w by hand: d rises from the weights after the first step on, or is constant from those before it."""
+    averaged, start, steps = converted(), converted(), [converted(), converted(), converted()]
+    result = train(averaged, small(max_steps=3, ema=0.3, ema_warmup=warmup), tmp_path / "average", evaluate=accuracy(pictures))
     for count, model in enumerate(steps, start=1):
         train(model, small(max_steps=count), tmp_path / f"{count}")
     assert result.history[-1].metrics == accuracy(pictures)(averaged)
     for name, tensor in averaged.state_dict().items():
-        expected = steps[0].state_dict()[name]
-        for done in (2, 3):
-            decay = min(0.3, 1 - (1 + (done - 1)) ** (-2 / 3))
+        expected = start.state_dict()[name]
+        for done in (1, 2, 3):
+            decay = min(0.3, 1 - done ** (-2 / 3)) if warmup else 0.3
             expected = torch.lerp(expected, steps[done - 1].state_dict()[name], 1 - decay)
         torch.testing.assert_close(tensor, expected)
 

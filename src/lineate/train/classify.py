@@ -1,21 +1,18 @@
-"""Learning classes from labelled images, start to finish: two splits, objective, loop, and top-1 on what was held out."""
+"""Learning classes from labelled images: two splits, the lesson for the loop, and top-1 on what was held out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from lineate.data import DataError, LabelledImages, StreamedImages, check_classes, open_data, open_stream
-from lineate.evaluate import Progress
 from lineate.evaluate.top1 import Outcome, classes, prepare, processes, top_k
 from lineate.sources import Source
 from lineate.train.config import TrainConfig
 from lineate.train.data import Batches, ImageBatches
-from lineate.train.loop import FitResult, fit
+from lineate.train.loop import Lesson
 from lineate.train.objectives import objective
 from lineate.train.streams import StreamBatches
 
@@ -49,25 +46,12 @@ def open_splits(data: str, held_out: str | None = None, *, stream: int | None = 
     return Splits(learned, measured, pictures)
 
 
-def classify(
-    source: Source,
-    splits: Splits,
-    config: TrainConfig,
-    out: Path,
-    *,
-    original: nn.Module | None = None,
-    resume: bool = False,
-    about: Mapping[str, Any] | None = None,
-    say: Callable[[str], None],
-    progress: Progress,
-) -> tuple[FitResult, Outcome]:
-    """Train the source's model in place, see `fit`, and measure the weights that it ends with on the held-out split.
+def lesson(source: Source, splits: Splits, config: TrainConfig, original: nn.Module | None = None) -> Lesson:
+    """What the source's model is to learn, from `original` too where the config distils.
 
-    Raises `DataError` before anything long if the model has another number of classes, and `TrainError` as `fit` does.
+    Raises `DataError` if the model has another number of classes, and `TrainError` if the config does not fit.
     """
     check_classes(splits.train, classes(source.model))
-    transform = prepare(source).transform()
-    place = next(source.model.parameters()).device
     shown: dict[str, Any] = {"size": source.image_size, "mean": source.mean, "std": source.std}
     batches: Batches
     if isinstance(splits.train, StreamedImages):
@@ -75,19 +59,16 @@ def classify(
     else:
         batches = ImageBatches(splits.train, config, **shown)
 
-    def measure(model: nn.Module) -> Outcome:
-        together = processes(place)
-        return top_k(model, splits.held_out, transform, batch=config.batch, workers=config.workers, accelerator=together)
-
     def evaluate(model: nn.Module) -> dict[str, float]:
-        figures = measure(model).figures
-        shown = {"top1": figures.top1.value, "test_loss": figures.loss}
-        return shown if figures.top5 is None else shown | {"top5": figures.top5.value}
+        figures = measure(model, source, splits, config).figures
+        found = {"top1": figures.top1.value, "test_loss": figures.loss}
+        return found if figures.top5 is None else found | {"top5": figures.top5.value}
 
     minimised = objective(config, len(splits.train.classes), original)
-    result = fit(
-        source.model, batches, minimised, config, out,
-        evaluate=evaluate if config.eval_epochs else None, resume=resume, about=about, say=say, progress=progress,
-    )  # fmt: skip
-    say(f"measuring on {len(splits.held_out)} held-out pictures")
-    return result, measure(source.model)
+    return Lesson(batches, minimised, evaluate if config.eval_epochs else None)
+
+
+def measure(model: nn.Module, source: Source, splits: Splits, config: TrainConfig) -> Outcome:
+    """Top-1 on the held-out split of `model`, which is the source's or one in training, by all processes together."""
+    together, transform = processes(next(source.model.parameters()).device), prepare(source).transform()
+    return top_k(model, splits.held_out, transform, batch=config.batch, workers=config.workers, accelerator=together)

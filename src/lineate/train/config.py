@@ -80,6 +80,17 @@ class Lora(Frozen):
     targets: tuple[str, ...] = Field(("qkv", "proj", "fc1", "fc2"), min_length=1)
 
 
+class Denoise(Frozen):
+    """What a denoiser learns, see `train.diffusion`: noise along the chain of DDPM, or the velocity of a flow.
+
+    `dropout` is the share of conditions that are dropped, for guidance; `vlb` weighs the bound that teaches DDPM's variance.
+    """
+
+    objective: Literal["ddpm", "flow"] = "ddpm"
+    dropout: float = Field(0.1, ge=0, lt=1)
+    vlb: float = Field(1.0, ge=0)
+
+
 class TrainConfig(Frozen):
     """All that a run of `fit` is told. The default trains everything with AdamW and no augmentation but crop and flip.
 
@@ -87,9 +98,10 @@ class TrainConfig(Frozen):
     whole and the rest by low-rank updates that are merged at the end.
     `epochs` may be a fraction. `max_steps` stops earlier, on the schedule of the whole. `batch` is a process's share of one
     forward pass. `lr_base_size` None takes the rates as they are. `new_lr_multiplier` reaches the warm-up and minimum rates of
-    the new parameters too (timm's lr_scale). `ema` is the decay of the averaged weights, which then are what is evaluated and
-    what is left at the end. `checkpoint_steps` None is at every epoch's end; the last `keep` stay. `eval_epochs` 0 evaluates
-    at the end only. `workers` has no influence on what is drawn.
+    the new parameters too (timm's lr_scale). `loss` and `distill` are for classifiers, `denoise` is for denoisers. `ema` is the
+    decay of the averaged weights, which then are what is evaluated and what is left at the end; with `ema_warmup` it rises to
+    that as timm's does, 1 - (1 + step)^(-2/3), else it is constant (DiT's). `checkpoint_steps` None is at every epoch's end; the
+    last `keep` stay. `eval_epochs` 0 evaluates at the end only. `workers` has no influence on what is drawn.
     """
 
     protocol: Protocol = "ft"
@@ -113,7 +125,9 @@ class TrainConfig(Frozen):
     loss: Literal["softmax", "bce"] = "softmax"
     distill: Distill = Distill()
     lora: Lora = Lora()
+    denoise: Denoise = Denoise()
     ema: float | None = Field(None, gt=0, lt=1)
+    ema_warmup: bool = True
 
     precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False

@@ -1,7 +1,8 @@
 """Labelled pictures as batches for the loop: timm's training transforms, repeated augmentation, and an order of its own.
 
     order of epoch e   a permutation drawn from (seed, e), each picture `repeats` times in a row, cut to the number of pictures
-    step s             the next batch · accumulate · processes of them; process r takes every processes-th, from the r-th on
+    step s             the next batch · accumulate · processes of them; process r takes the r-th of as many equal parts, so that
+                       one process which accumulates over as many batches learns the same, but for rounding
     variant of a picture   drawn from (seed, e, picture, repeat)
 
 What does not fill a last step of an epoch is left out of that epoch. A run that is resumed begins at its step without decoding
@@ -136,13 +137,12 @@ class Order(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         per_epoch, batch = self.batches.steps(self.processes), self.batches.config.batch
-        size = batch * self.batches.config.accumulate * self.processes
+        share = batch * self.batches.config.accumulate
         for epoch in range(self.start // per_epoch, -(-self.stop // per_epoch)):
             keys = self.batches.epoch(epoch)
             for step in range(max(self.start, epoch * per_epoch), min(self.stop, (epoch + 1) * per_epoch)):
-                first = step % per_epoch * size
-                mine = keys[first + self.process : first + size : self.processes]
-                yield from (mine[i : i + batch] for i in range(0, len(mine), batch))
+                first = (step % per_epoch * self.processes + self.process) * share
+                yield from (keys[i : i + batch] for i in range(first, first + share, batch))
 
 
 class _Variants(Dataset[tuple[Tensor, int, dict[str, str]]]):

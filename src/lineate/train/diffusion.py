@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from lineate.mixers.base import Frozen
 from lineate.models.dit import LabelEmbedder
 from lineate.train import TrainError
+from lineate.train.config import Denoise
 from lineate.train.data import Batch
 from lineate.train.objectives import Objective
 
@@ -112,6 +113,14 @@ def pixel_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tenso
     below: Tensor = torch.special.ndtr((x - half - mean) * scale)
     inside = above.masked_fill(x > 1 - half / 2, 1) - below.masked_fill(x < half / 2 - 1, 0)
     return inside.clamp(min=1e-12).log()
+
+
+def denoising(null: int | None, config: Denoise) -> Objective:
+    """What `config` says. `null` is the label for none; a model without one can have no labels dropped."""
+    label = 0 if null is None else null
+    if config.objective == "flow":
+        return flow(label, label_dropout=config.dropout)
+    return ddpm(label, Ddpm(vlb=config.vlb, label_dropout=config.dropout))
 
 
 def ddpm(null: int, config: Ddpm | None = None) -> Objective:

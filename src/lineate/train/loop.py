@@ -51,6 +51,15 @@ Evaluate = Callable[[nn.Module], dict[str, float]]
 WITHOUT_EFFECT = {"max_steps", "checkpoint_steps", "keep", "eval_epochs", "log_steps", "tracker", "workers"}
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What is learned: from which batches, what is minimised, and what is measured on the way."""
+
+    batches: Batches
+    objective: Objective
+    evaluate: Evaluate | None = None
+
+
 class FitResult(Frozen):
     """What a run did: its history, optimiser steps, images seen by all processes, wall-clock seconds of all its parts.
 
@@ -142,7 +151,7 @@ def _train(run: _Run, batches: Batches, state: State, say: Callable[[str], None]
         run.schedule.step_update(done - 1)
         losses = _step(run, list(islice(stream, config.accumulate)), done)
         if run.average is not None:
-            run.average.update(run.model, done)
+            run.average.update(run.model, done if config.ema_warmup else None)
         elapsed = time.perf_counter() - began
         speed = (done - first) * run.global_batch / elapsed
         state = state.after_step(losses, before + elapsed)
@@ -195,9 +204,10 @@ def _step(run: _Run, micro: Sequence[Any], number: int) -> dict[str, float]:
 
 
 def _ask(run: _Run, model: nn.Module, batch: Any, number: int, index: int) -> dict[str, Tensor]:
-    """The objective's terms for one batch, whose every draw follows from step, batch and process."""
+    """The objective's terms for one batch, whose every draw follows from the step and its place among all processes' batches."""
     accelerator = run.accelerator
-    seed_all(derive(STEP, run.config.seed, number, index, accelerator.process_index))
+    place = accelerator.process_index * run.config.accumulate + index
+    seed_all(derive(STEP, run.config.seed, number, place, 0))
     with accelerator.autocast():
         return run.objective(model, send_to_device(batch, accelerator.device, non_blocking=True))
 
@@ -296,7 +306,7 @@ def _prepare(
     identity = _identity(trained, batches, config, processes, about)
     average = None
     if config.ema is not None:  # before accelerate wraps `forward`: the copy would call the original's
-        average = ModelEmaV3(trained.to(accelerator.device), decay=config.ema, use_warmup=True)
+        average = ModelEmaV3(trained.to(accelerator.device), decay=config.ema, use_warmup=config.ema_warmup)
         accelerator.register_for_checkpointing(average)
     optimizer = make_optimizer(trained, config, global_batch)
     schedule = make_schedule(optimizer, config, global_batch, per_epoch)

@@ -1,6 +1,6 @@
 """Randomness without a history: each draw depends on what is drawn for, never on what was drawn before.
 
-    sample   (seed, epoch, picture, repeat)      step   (seed, step, micro-batch, process)      order   (seed, epoch)
+    sample   (seed, epoch, picture, repeat)      step   (seed, step, micro-batch among all processes')      order   (seed, epoch)
 
 So a run that is resumed needs no generator's state, and the number of loader workers changes nothing.
 """

@@ -1,0 +1,61 @@
+"""The options that commands share, and the settings that they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from lineate.convert import Conversion
+    from lineate.settings import Settings
+
+SOURCE = "embedded, timm:NAME, timm:NAME@CHECKPOINT, transformers:NAME, or a directory saved by lineate"
+SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help=f"The model: {SOURCE}.")]
+Preset = Annotated[
+    str | None, typer.Option(help="Name of a conversion; `lineate presets` lists them (default: t5, or dit5 for a denoiser).")
+]
+DemoPreset = Annotated[str | None, typer.Option(help="Name of a conversion; `lineate presets` lists them (default: t5-plus).")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="One field, for example mixer.inner=2layer.")]
+Config = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Conversion, calibration, training; a run.json will do.")]
+Images = Annotated[Path, typer.Option(metavar="DIR", help="Folder of photographs, searched through; no labels.")]
+HeldOut = Annotated[Path | None, typer.Option(metavar="DIR", help="Photographs to measure on (default: every 5th of --images).")]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write, which must not exist.")]
+OutFile = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the figures there too.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote there.")]
+ImageSize = Annotated[int | None, typer.Option(metavar="PX", help="Side of the pictures (default: the model's own).")]
+Sizes = Annotated[str | None, typer.Option(metavar="PX,...", help="Sizes to time at: 224,448 or 448x672.")]
+FORMS = "a folder with a sub-folder per class, a folder or file of parquet, hf:NAME or hf:NAME:CONFIG"
+Data = Annotated[str, typer.Option(metavar="DATA", help=f"Labelled images: {FORMS}.")]
+Split = Annotated[str | None, typer.Option(help="Which part of DATA (default: test, else validation, else the only one).")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that read and decode pictures.")]
+StrictData = Annotated[bool, typer.Option("--strict-data", help="Stop at a picture that cannot be read; default: leave it out.")]
+CropPct = Annotated[float | None, typer.Option(help="Share of the resized picture that is kept (default: the model's own).")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn (default: 0).")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Recipe = Annotated[
+    str | None, typer.Option(help="Name of a training: t5, t5-freeze, t5-lora, deit, dit5, dit (default: t5 or dit5).")
+]
+Epochs = Annotated[float | None, typer.Option(metavar="N", help="Epochs, with the recipe's warm-up in proportion.")]
+
+
+def settings(
+    source: str, preset: str | None, config: Path | None, assignments: list[str] | None, seed: int | None, **training: Any
+) -> Settings:
+    """What the options say of a source, from where a classifier or a denoiser begins."""
+    from lineate.settings import read_settings
+    from lineate.sources import is_denoiser
+
+    return read_settings(
+        preset_name=preset, config=config, assignments=assignments or (), seed=seed, converted=converted_as(source),
+        default="dit5" if is_denoiser(source) else "t5", **training,
+    )  # fmt: skip
+
+
+def converted_as(source: str) -> Conversion | None:
+    """The conversion of a saved directory; None for a source that is still to be converted."""
+    from lineate.checkpoint import read_record
+
+    conversion = read_record(source).conversion if source and Path(source).is_dir() else None
+    return None if conversion is None or conversion.keeps_softmax else conversion

@@ -1,0 +1,80 @@
+"""Learning classes, from labelled images; measured by top-1 on held-out ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lineate.calibrate import CalibrationResult
+from lineate.convert import record
+from lineate.data import check_classes
+from lineate.evaluate import Progress
+from lineate.evaluate.top1 import Top1, classes
+from lineate.linearize import check_readable, crops, fit, load_pair
+from lineate.tasks.base import Say, Task, TrainPlan
+from lineate.train.classify import lesson, measure, open_splits
+from lineate.train.data import Ordered
+from lineate.train.loop import Lesson
+from lineate.train.randomness import HOST, derive, left_alone, seed_all
+
+
+class Classification(Task):
+    """A classifier of pictures."""
+
+    unfit = ("vae", "cache")
+
+    def __init__(self, plan: TrainPlan, say: Say) -> None:
+        """Open both splits."""
+        super().__init__(plan, say)
+        if plan.photographs:
+            check_readable(plan.photographs)
+        self.splits = open_splits(plan.data, plan.held_out, stream=plan.stream, strict=plan.strict)
+
+    def load(self) -> None:
+        """Source and conversion; from scratch, the same weights in every process."""
+        plan, splits = self.plan, self.splits
+        with left_alone():
+            seed_all(derive(HOST, plan.train.seed))
+            scratch = len(splits.train.classes) if plan.scratch else None
+            self.pair = load_pair(plan.source, plan.conversion, image_size=plan.image_size, scratch=scratch)
+        self.model, self.name = self.pair.converted, self.pair.source.name
+        check_classes(splits.train, classes(self.model))
+
+    def check(self, processes: int) -> None:
+        """By the number of pictures."""
+        Ordered(self.splits.pictures, self.plan.train).steps(processes)
+
+    def calibrate(self, progress: Progress) -> CalibrationResult | None:
+        """On the photographs, if there are any."""
+        plan = self.plan
+        if not plan.photographs:
+            return None
+        pool = crops(self.pair.source, plan.photographs, plan.calibration, plan.calibration.seed)
+        self.say(f"calibrating {len(record(self.model).sites)} sites on {pool.count} crops of {len(pool.paths)} photographs")
+        return fit(self.model, pool, plan.calibration, progress)
+
+    def lesson(self, together: Any, progress: Progress) -> Lesson:
+        """Classification, or distillation from the original."""
+        plan, splits = self.plan, self.splits
+        self.say(f"training on {splits.pictures} pictures of {len(splits.train.classes)} classes")
+        distills = plan.train.distill.logits or plan.train.distill.features
+        return lesson(self.pair.source, splits, plan.train, self.pair.original if distills else None)
+
+    def measure(self) -> Top1:
+        """Top-1 on the held-out pictures."""
+        self.say(f"measuring on {len(self.splits.held_out)} held-out pictures")
+        return measure(self.model, self.pair.source, self.splits, self.plan.train).figures
+
+    def told(self) -> dict[str, Any]:
+        """Both splits."""
+        plan, splits, skipped = self.plan, self.splits, self.splits.train.skipped
+        if skipped:
+            self.say(f"skipped {len(skipped)} unreadable: {', '.join(skipped)}")
+        return {
+            "data": {"train": plan.data, "held_out": plan.held_out or plan.data, "held_out_split": splits.held_out.split},
+            "images": {"train": splits.pictures, "held_out": len(splits.held_out), "skipped": skipped},
+        }
+
+    @property
+    def image_size(self) -> int:
+        """That of the source."""
+        return self.pair.source.image_size
