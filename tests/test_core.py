@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import product
 
 import pytest
@@ -67,6 +68,26 @@ def test_other_key_norms_are_not(key_norm: str) -> None:
 
 def test_softmax_is_shift_invariant_by_itself() -> None:
     assert shifted_response("none", mixer=SoftmaxConfig(), locality="none") < 1e-5
+
+
+@pytest.mark.parametrize("mixer", [TTTConfig(start_std=0.3), LinearConfig()], ids=["one operator", "operator after operator"])
+def test_by_modality_a_shift_of_the_keys_off_the_grid_alone_is_forgotten_too(mixer: object) -> None:
+    q, k, v = qkv()
+    moved = k.clone()
+    moved[:, :, GRID.stop :] += torch.randn(1, HEADS, 1, DIM)
+    for scope, forgets in (("all", False), ("modality", True)):
+        made = core(mixer=mixer, key_norm_scope=scope)
+        change = (made(q, moved, v, LAYOUT) - made(q, k, v, LAYOUT)).abs().max()
+        assert change < 1e-6 if forgets else change > 1e-4, scope
+        alone = [x[:, :, GRID] for x in (q, k, v)]  # an image without text has one modality
+        assert torch.equal(made(*alone, TokenLayout(4, 5)), core_all(made)(*alone, TokenLayout(4, 5)))
+
+
+def core_all(made: CoreAttention) -> CoreAttention:
+    """The same core with one norm for all tokens."""
+    twin = copy.deepcopy(made)
+    twin.config = made.config.model_copy(update={"key_norm_scope": "all"})
+    return twin
 
 
 @pytest.mark.parametrize("key_norm", KEY_NORMS)

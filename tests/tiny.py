@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from diffusers import SD3Transformer2DModel
+
     from lineate.models.dit import DiT
 
 DIT = {"input_size": (8, 6), "patch_size": 2, "in_channels": 3, "hidden_size": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
@@ -31,6 +33,18 @@ def dit(**changes: Any) -> DiT:
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model
+
+
+def sd3(**changes: Any) -> SD3Transformer2DModel:
+    """An SD3 transformer, random everywhere; two plain joint blocks where nothing is said."""
+    from diffusers import SD3Transformer2DModel
+
+    geometry = {
+        "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2, "attention_head_dim": 8,
+        "num_attention_heads": 3, "joint_attention_dim": 12, "caption_projection_dim": 24, "pooled_projection_dim": 10,
+        "pos_embed_max_size": 12,
+    }  # fmt: skip
+    return SD3Transformer2DModel(**geometry | changes).eval()
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

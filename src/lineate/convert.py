@@ -6,9 +6,12 @@ original checkpoint still loads into a converted model. Parameter groups, freezi
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from itertools import product
 from typing import Any, Literal, cast
 
 import torch
@@ -25,6 +28,7 @@ from lineate.mixers.softmax import SoftmaxConfig
 from lineate.mixers.ttt import TTTConfig
 
 Status = Literal["inherited", "new", "interpolated", "dropped"]
+_SPAN = re.compile(r"\[(-?\d*):(-?\d*)\]")
 
 
 class ConversionError(ValueError):
@@ -32,7 +36,10 @@ class ConversionError(ValueError):
 
 
 class Conversion(CoreConfig):
-    """A conversion: the core (`CoreConfig`), its sites (globs over site names), what of the host's weights to keep, a seed.
+    """A conversion: the core (`CoreConfig`), its sites, what of the host's weights to keep, a seed.
+
+    Sites are globs over site names, in which a slice may stand for the block's number: "*.[-5:].attn" is `attn` of the last five
+    blocks. Each glob must match; "a|b" is one of which either may.
 
     `inherit` is "all", or "attention" / "mlp" to keep only those of each block and draw the blocks' other weights anew
     (the paper's Table 10). With `class_token` "drop" the class token and its position go, and what it answered the mean of the
@@ -98,6 +105,7 @@ _DIT5 = _PAPER.model_copy(
         "qk_affine": True,
     }
 )
+_SD35 = _DIT5.model_copy(update={"neighborhood": None, "qk_affine": False})
 
 # What a name stands for in the paper is written out, so that it stays when defaults move; names of other papers' operators
 # are the rows of its Tables 1, 5 and 6.
@@ -113,6 +121,9 @@ PRESETS: dict[str, Conversion] = {
     "t5-plus-paper": _PAPER.model_copy(update={"neighborhood": Neighborhood(window=5, mix="half")}),
     "dit5": _DIT5,
     "dit5-nonat": _DIT5.model_copy(update={"neighborhood": None}),
+    # The image-only branches, where there are any, and the joint attention of the last five blocks: 13 + 5 of SD3.5-Medium's 37.
+    "sd35-t5": _SD35.model_copy(update={"sites": ("*.attn2|*.[-5:].attn",)}),
+    "sd35-t5-all": _SD35,
     "linear": Conversion(mixer=LinearConfig(), locality="none"),
     "projqk": Conversion(mixer=ProjQKConfig(), locality="none"),
     "hedgehog": Conversion(mixer=HedgehogConfig(), locality="none"),
@@ -150,13 +161,31 @@ def record(model: nn.Module) -> ConversionRecord:
     return found
 
 
+def _matching(sites: list[AttentionSite], glob: str) -> set[str]:
+    """Names of the sites that the glob (see `Conversion`) matches."""
+    depth = Counter[str]()  # blocks by what stands before their numbers
+    for site in sites:
+        depth[site.tower] = max(depth[site.tower], site.number + 1)
+    found = set()
+    for site, pattern in product(sites, glob.split("|")):
+        if span := _SPAN.search(pattern):
+            if site.number not in range(depth[site.tower])[slice(*(int(end) if end else None for end in span.groups()))]:
+                continue
+            pattern = pattern.replace(span[0], str(site.number))
+        if fnmatchcase(site.name, pattern):
+            found.add(site.name)
+    return found
+
+
 def select_sites(family: Family, model: nn.Module, globs: tuple[str, ...]) -> list[AttentionSite]:
     """The sites that match. Raises `ConversionError` for a glob without a match, `UnsupportedModelError` for a refused site."""
     sites = family.sites(model)
+    names: set[str] = set()
     for glob in globs:
-        if not any(fnmatchcase(site.name, glob) for site in sites):
+        if not (found := _matching(sites, glob)):
             raise ConversionError(f"no attention site matches {glob!r}; sites: {', '.join(site.name for site in sites)}")
-    chosen = [site for site in sites if any(fnmatchcase(site.name, glob) for glob in globs)]
+        names |= found
+    chosen = [site for site in sites if site.name in names]
     for site in chosen:
         if site.refusal is not None:
             raise UnsupportedModelError(f"{site.name} cannot be converted: {site.refusal}")
@@ -194,7 +223,7 @@ def convert(
         tracker = family.track(model)
         redrawn += _redraw(model, sites, conversion.inherit)
         for site, core in zip(sites, cores, strict=True):
-            reference = next(model.get_submodule(site.name).parameters())
+            reference = next(p for p in model.get_submodule(site.name).parameters() if p.is_floating_point())
             family.install(model, site, core.to(reference.device, reference.dtype), tracker)
     status = {name: "interpolated" for name in interpolated} | {name: "new" for name in redrawn}
     tensors = tuple(

@@ -1,7 +1,8 @@
 """All that lies between a host's projections and its output projection: key norm, locality, mixer, neighborhood branch.
 
     q̃ = q·γ + β, k̃ = k·γ' + β'        per channel, with `qk_affine` (DiT⁵'s, from its code); q, k themselves otherwise
-    k̂ = norm(k̃)                      over the tokens, per sample and channel (instance norm; equation 12)
+    k̂ = norm(k̃)                      over the tokens, per sample and channel (instance norm; equation 12): over all, or over
+                                      the grid's and the others' each for themselves, with `key_norm_scope` "modality"
     q̂ = q̃ + DWC(q̃), k̂ = k̂ + DWC(k̂)   depthwise 3×3 over the grid, all H·D channels (equation 14)
     o = mixer(q̂, k̂, v)
     o = (1 - m)·o + m·NAT(q, k, v)    on the raw q, k, v; m = 1/2 (equation 15) or learned per head
@@ -47,6 +48,8 @@ class CoreConfig(Frozen):
     """What a core is made of; `Conversion` adds where it goes. Defaults are the paper's T⁵.
 
     `outside` says who answers the tokens off the grid (class, register, text): the mixer, or exact softmax attention.
+    `key_norm_scope` says over which tokens a key norm takes its statistics: all, or those of the image and of the text (what
+    stands before or after the grid) each for themselves; norms within a token do not care.
     `qk_affine` gives the mixer's queries and keys, before the key norm, a scale and an offset per channel, as the released DiT⁵
     has them; instance norm takes the keys' offset away again.
     """
@@ -54,6 +57,7 @@ class CoreConfig(Frozen):
     mixer: MixerConfig = TTTConfig()
     key_norm: KeyNorm = "instance"
     key_norm_eps: float = Field(1.0, gt=0)
+    key_norm_scope: Literal["all", "modality"] = "all"
     qk_affine: bool = False
     locality: Locality = "dwc-qk"
     neighborhood: Neighborhood | None = None
@@ -115,6 +119,9 @@ class CoreAttention(nn.Module):
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
         """Key norm, DWC-QK and mixer, in one operator where there is one for them."""
         norm, eps, local = self.config.key_norm, self.config.key_norm_eps, self.config.locality == "dwc-qk"
+        if self.config.key_norm_scope == "modality" and layout.grid_tokens < layout.tokens:
+            parts = k.split((layout.prefix, layout.grid_tokens, layout.suffix), dim=-2)
+            k, norm = torch.cat([normalise_keys(part, norm, eps) for part in parts if part.shape[-2]], dim=-2), "none"
         if isinstance(self.mixer, TTT) and norm in ("instance", "none"):
             convs = (self.q_conv, self.k_conv) if local else ()
             return aligned_ttt(

@@ -17,11 +17,13 @@ from lineate.families.base import (
 )
 from lineate.families.hf_types import HOLDERS, TOWERS
 
-# library -> where its Family stands; a plain dict so that the list can be read, strings so that nothing is imported.
+# name -> where the Family stands; a plain dict so that the list can be read, strings so that nothing is imported. A name begins
+# with the library.
 FAMILIES: dict[str, str] = {
     "timm": "lineate.families.timm_vit:TimmViT",
     "transformers": "lineate.families.hf_vit:TransformersViT",
     "diffusers": "lineate.families.diffusers_dit:DiffusersDiT",
+    "diffusers-sd3": "lineate.families.diffusers_sd3:DiffusersSD3",
     "lineate": "lineate.families.dit:LineateDiT",
 }
 
@@ -39,7 +41,7 @@ def detect(model: nn.Module) -> Family:
     """The family that owns `model`. Raises `UnsupportedModelError` with the reason where one is known."""
     libraries = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
     for name in FAMILIES:
-        if name in libraries and family(name).owns(model):
+        if name.partition("-")[0] in libraries and family(name).owns(model):
             return family(name)
     raise UnsupportedModelError(f"{type(model).__name__} cannot be converted: {_reason(model)}")
 

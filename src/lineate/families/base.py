@@ -42,6 +42,16 @@ class AttentionSite:
         parts = self.name.split(".")
         return ".".join(parts[: max(i for i, part in enumerate(parts) if part.isdecimal()) + 1])
 
+    @property
+    def tower(self) -> str:
+        """The name of the list that holds the block."""
+        return self.block.rpartition(".")[0]
+
+    @property
+    def number(self) -> int:
+        """The block's number in it."""
+        return int(self.block.rpartition(".")[2])
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -77,6 +87,7 @@ class Attended:
 
 
 Note = Callable[[str, Attended], None]
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a module is called with: args and kwargs
 
 
 class GridTracker:
@@ -104,14 +115,15 @@ class GridTracker:
         """Hook this into the patchify convolution and before every block; returns itself."""
         patchify.register_forward_hook(self)
         for block in blocks:
-            block.register_forward_pre_hook(self.enter_block)
+            block.register_forward_pre_hook(self.enter_block, with_kwargs=True)
         return self
 
-    def enter_block(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook of a block; args[0] is its input (B, N, C). Raises on reentrant checkpointing."""
+    def enter_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        """Forward pre-hook of a block, whose first argument is its input (B, N, C). Raises on reentrant checkpointing."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        tag = getattr(args[0], "_lineate_grid", None)
+        hidden = (*args, *(kwargs or {}).values())[0]
+        tag = getattr(hidden, "_lineate_grid", None)
         backward_pass = torch._C._current_graph_task_id()
         if tag is not None:
             self.grid, self.backward_pass = tag, backward_pass
@@ -121,7 +133,7 @@ class GridTracker:
                 "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             )
         else:
-            args[0]._lineate_grid = self.grid
+            hidden._lineate_grid = self.grid
 
     @property
     def layout(self) -> TokenLayout:
@@ -155,7 +167,15 @@ class Family(ABC):
 
     @abstractmethod
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """The blocks that hold the sites, in forward order; each maps hidden tokens (B, N, C) to the next block's."""
+        """The blocks that hold the sites, in forward order; `onward` says how one's output becomes the next one's input."""
+
+    def onward(self, call: Call, output: Any) -> Call:
+        """What the next block is called with, where one block was called with `call` and gave `output`.
+
+        By default a block maps its first argument, hidden tokens (B, N, C), to the next block's, and the rest stays.
+        """
+        (_, *rest), kwargs = call
+        return (output[0] if isinstance(output, tuple) else output, *rest), kwargs
 
     @abstractmethod
     def track(self, model: nn.Module) -> GridTracker:
