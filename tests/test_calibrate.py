@@ -11,12 +11,16 @@ from torch import Tensor, nn
 
 from lineate import PRESETS, CalibrationConfig, Conversion, calibrate, convert
 from lineate.calibrate import CalibrationError, _Calibration
+from lineate.calls import Call
 from lineate.convert import ConversionError, is_new
 from lineate.core import Neighborhood
 from lineate.evaluate import EvaluationError
+from lineate.generate import Sampling, denoiser, trajectory
 from lineate.mixers.linear import LinearConfig, ProjQKConfig
 from lineate.mixers.softmax import SoftmaxConfig
 from lineate.mixers.ttt import TTTConfig
+
+from .tiny import dit
 
 QUICK = CalibrationConfig(steps=20, batch=2, pool=8)
 
@@ -93,7 +97,7 @@ def test_the_two_streams_are_the_two_models(tiny_vit) -> None:
     calibration.fit_sites()
     with torch.no_grad():
         for stream, expected in (("host", original), ("converted", model)):
-            hidden = torch.cat([getattr(piece, stream) for piece in calibration.pieces])
+            hidden = torch.cat([getattr(piece, stream)[0] for piece in calibration.pieces])
             torch.testing.assert_close(expected.norm(hidden), expected.forward_features(images))
 
 
@@ -197,3 +201,74 @@ def test_refusals(tiny_vit) -> None:
         calibrate(convert(host(tiny_vit).bfloat16(), "t5"), pictures())
     with pytest.raises(EvaluationError, match="no images"):
         calibrate(convert(host(tiny_vit), "t5"), [])
+
+
+@pytest.mark.parametrize("name", ["dit5", "hyena-y", "cpe"])
+def test_a_denoiser_is_fitted_along_its_own_sampling(name: str) -> None:
+    """Every site comes closer on what the host was asked while it sampled, at times of the schedule."""
+    sampled = denoiser(dit())
+    examples = trajectory(sampled, Sampling(scheduler="ddim", steps=10, guidance=2), 12, batch=2)
+    assert len(examples) == 12 and all(len(call) == 1 for call in examples)
+    x, t, y = zip(*(call.args for call in examples), strict=True)
+    assert {part.shape for part in x} == {(1, 3, 8, 6)}
+    assert {int(time) for time in t} <= set(range(99, 1000, 100)) and len({int(time) for time in t}) > 3
+    assert 5 in {int(label) for label in y} and {int(label) for label in y} != {5}  # guidance asks for no class as well
+    model = convert(sampled.model, LEARNING.get(name, name))
+    result = calibrate(model, examples, config=QUICK)
+    assert result.images == 8 and len(result.sites) == 2
+    assert all(error.after < error.before for error in result.sites.values())
+
+
+def test_every_diffusers_denoiser_can_be_fitted() -> None:
+    """Blocks called by name and with conditions beside; calls of several examples are taken apart."""
+    from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+
+    size = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "in_channels": 4,
+        "num_layers": 2,
+        "sample_size": 8,
+        "patch_size": 2,
+    }
+    torch.manual_seed(0)
+    x, t = torch.randn(6, 4, 8, 8), torch.arange(6) * 100
+    dit_calls = [Call((x, t, torch.arange(6) % 3))]
+    text = {
+        "encoder_hidden_states": torch.randn(6, 5, 12),
+        "timestep": t,
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+    pixart = PixArtTransformer2DModel(
+        **size, out_channels=8, cross_attention_dim=16, caption_channels=12, use_additional_conditions=False
+    )
+    for model, calls in ((DiTTransformer2DModel(**size, num_embeds_ada_norm=3), dit_calls), (pixart, [Call((x,), text)])):
+        fitted = convert(model.eval(), "dit5")
+        result = calibrate(fitted, calls, config=QUICK)
+        assert result.images == 6 and len(result.sites) == 2
+        assert all(error.after < error.before for error in result.sites.values())
+
+
+def test_on_the_hosts_stream_each_site_is_fitted_alone(tiny_vit) -> None:
+    """Grafting's first stage: what the second site learns does not depend on the first, and the error may be absolute."""
+    fitted = []
+    for skew in (0.0, 1.0):
+        model = convert(host(tiny_vit), "t5-2layer")
+        with torch.no_grad():
+            model.get_submodule("blocks.0.attn.core").q_conv.bias += skew
+        config = QUICK.model_copy(update={"stream": "host", "loss": "l1"})
+        result = calibrate(model, pictures(), config=config)
+        assert all(error.after < error.before for error in result.sites.values())
+        fitted.append(model.state_dict())
+    same = [name for name in fitted[0] if torch.equal(fitted[0][name], fitted[1][name])]
+    assert any("blocks.1.attn.core" in name for name in same) and not any("blocks.0.attn.core" in name for name in same)
+
+
+def test_a_regression_of_one_converted_block_equals_the_streams_meeting_there(tiny_vit) -> None:
+    """With one site the two streams are the same up to it."""
+    results = []
+    for stream in ("converted", "host"):
+        model = convert(host(tiny_vit), Conversion(sites=("blocks.1.attn",)))
+        calibrate(model, pictures(), config=QUICK.model_copy(update={"stream": stream}))
+        results.append(model.state_dict())
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())

@@ -1,14 +1,17 @@
-"""Calibration: fit the new parameters of a converted model to its own softmax attention, on images, without labels.
+"""Calibration: fit the new parameters of a converted model to its own softmax attention, on examples, without labels.
 
     min_θ  Σ ‖core_θ(q̂, k̂, v̂) - softmax(q·kᵀ/√D)·v‖² / Σ ‖softmax(q·kᵀ/√D)·v‖²        site after site, in forward order
 
 Two streams run through the blocks side by side: the host's (q, k, v) and the converted one (q̂, k̂, v̂), behind the cores fitted
 so far. A core is asked on the converted stream and told the host's answer, so that it learns to live with the errors of the
-cores before it and to correct them.
+cores before it and to correct them. With `stream` "host" it is asked on the host's stream, alone: a regression of each attention
+on cached activations, which is stage 1 of Diffusion Grafting (with the loss "l1").
 The host is its own teacher: its attention is still there, a core is only stood aside while the host's stream passes, so no
-second model is in memory. Every host weight stays frozen. A fixed pool of images is drawn once and only its activations at
-one site are kept: memory grows with the pool (six tensors of pool × N × C), not with the number of images.
+second model is in memory. Every host weight stays frozen. Examples are pictures, or, of a denoiser, what it is called with along
+its own sampling (`lineate.generate.trajectory`). A fixed pool of them is drawn once and only its activations at one site are
+kept: memory grows with the pool (six tensors of pool × N × C), not with the number of examples.
 Own design; docs/calibration.md says what was tried and what it gave. Differs from the paper, which fine-tunes on labels.
+Source of the regression: Chandrasegaran et al., Diffusion Grafting, arXiv 2506.05340.
 
 Legend: B batch, H heads, N tokens, D head dim, C = H·D channels.
 """
@@ -20,14 +23,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from itertools import chain, islice
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from lineate.calls import Call, grouped, listening
 from lineate.convert import is_new, record
 from lineate.evaluate import Progress, batches, evaluating
 from lineate.families import family
@@ -40,10 +44,11 @@ class CalibrationError(ValueError):
 
 
 class CalibrationConfig(Frozen):
-    """`steps` of Adam a site on `batch` images each, from a pool of at most `pool` images.
+    """`steps` of Adam a site on `batch` examples each, from a pool of at most `pool`.
 
-    Learning rates rise for a tenth of the steps and fall to zero along a cosine. The mix of a neighborhood branch, one number
-    a head, learns at `mix_lr`.
+    `loss` compares with the host's answer by squares ("l2") or by absolute values; `stream` says behind what a core is asked: the
+    cores fitted so far, or the host's own attentions. Learning rates rise for a tenth of the steps and fall to zero along a
+    cosine. The mix of a neighborhood branch, one number a head, learns at `mix_lr`.
     """
 
     steps: int = Field(1000, ge=0)
@@ -51,6 +56,8 @@ class CalibrationConfig(Frozen):
     pool: int = Field(512, ge=1)
     lr: float = Field(1e-2, gt=0)
     mix_lr: float = Field(5e-2, gt=0)
+    loss: Literal["l2", "l1"] = "l2"
+    stream: Literal["converted", "host"] = "converted"
     seed: int = Field(0, ge=0, lt=2**63)
 
 
@@ -62,7 +69,7 @@ class SiteError(Frozen):
 
 
 class CalibrationResult(Frozen):
-    """What was fitted: per site its error, the images in the pool, the optimiser steps of all sites, wall-clock seconds."""
+    """What was fitted: per site its error, the examples in the pool, the optimiser steps of all sites, wall-clock seconds."""
 
     sites: dict[str, SiteError]
     images: int
@@ -72,24 +79,24 @@ class CalibrationResult(Frozen):
 
 @dataclass
 class _Received:
-    """What a module was called with, beside which grid."""
+    """What an attention was called with, beside which grid."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    call: Call
     grid: tuple[int, int] | None
 
 
 @dataclass
 class _Piece:
-    """A few images of one shape on their way through the blocks: the host's stream and the converted one, (B, N, C).
+    """A few examples of one shape on their way through the blocks: tokens of the host and of the converted model.
 
-    `beside` is what each block gets beside its hidden tokens: rotary positions, say.
+    Each is (B, N, C), or several such where a block passes on several. `beside` is what each block gets beside them: rotary
+    positions, conditions.
     """
 
     grid: tuple[int, int] | None
-    host: Tensor
-    converted: Tensor
-    beside: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    host: tuple[Tensor, ...]
+    converted: tuple[Tensor, ...]
+    beside: list[Call]
 
 
 class _Left(Exception):
@@ -99,9 +106,9 @@ class _Left(Exception):
 class _Stand(nn.Module):
     """Stands where a core stood, and either answers as the host would, keeping the answer, or keeps the question and leaves."""
 
-    def __init__(self, leave: bool) -> None:
+    def __init__(self, core: Any, leave: bool) -> None:
         super().__init__()
-        self.leave = leave
+        self.heads, self.leave = core.heads, leave
         self.question: tuple[Tensor, Tensor, Tensor, TokenLayout]
         self.answer: Tensor
 
@@ -120,25 +127,11 @@ class _Stand(nn.Module):
 @contextmanager
 def _stand(attention: Any, *, leave: bool = False) -> Iterator[_Stand]:
     """The converted attention with a `_Stand` in its middle, for a while."""
-    core, attention.core = attention.core, _Stand(leave)
+    core, attention.core = attention.core, _Stand(attention.core, leave)
     try:
         yield attention.core
     finally:
         attention.core = core
-
-
-@contextmanager
-def _receiving(modules: Iterable[nn.Module], note: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Iterator[None]:
-    """Call `note(args, kwargs)` before each of the modules runs; it may raise `_Left`."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        note(args, kwargs)
-
-    with ExitStack() as stack:
-        for module in modules:  # ahead of a hook by which a host's attention gets its CPE
-            stack.callback(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
-        with suppress(_Left):
-            yield
 
 
 _Question = tuple[Tensor, Tensor, Tensor, TokenLayout] | _Received  # q, k, v and layout; for CPE what the attention received
@@ -169,14 +162,14 @@ class _Schedule:
 
 
 class _Calibration:
-    """One model, its pool of images on the way through it, and the fits. Only parameters of cores ever change."""
+    """One model, its pool of examples on the way through it, and the fits. Only parameters of cores ever change."""
 
     def __init__(self, model: nn.Module, config: CalibrationConfig, progress: Progress | None) -> None:
         self.model, self.config, self.progress = model, config, progress
         found = record(model)
-        host = family(found.family)
-        self.run_model = host.runner(model)
-        self.blocks = host.blocks(model)
+        self.family = family(found.family)
+        self.run_model: Callable[..., Any] = model
+        self.blocks = self.family.blocks(model)
         self.sites: dict[str, Any] = {site: model.get_submodule(site) for site in found.sites}
         self.tracker = next(iter(self.sites.values())).tracker
         self.done = 0
@@ -198,34 +191,37 @@ class _Calibration:
     def _draw(self) -> int:
         return int(torch.randint(len(self.pieces), (1,), generator=self.draw))
 
-    def _run(self, index: int, piece: _Piece, hidden: Tensor) -> Tensor:
-        """One block, on either stream."""
+    def _run(self, index: int, piece: _Piece, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """One block, on the host's tokens or the converted model's."""
         self.tracker.grid = piece.grid
-        args, kwargs = piece.beside[index]
-        out = self.blocks[index](hidden, *args, **kwargs)
-        whole: Tensor = out[0] if isinstance(out, tuple) else out
-        return whole
+        return self.family.run_block(self.blocks[index], streams, piece.beside[index])
 
-    def _enter(self, images: Tensor) -> _Piece:
-        """Images (B, 3, h, w) on their way into the first block, and what the blocks get beside; nothing, or each its own."""
-        received: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    def _enter(self, call: Call) -> _Piece:
+        """A call of the model, up to the first block, and what the blocks get beside: nothing, or each its own."""
+        received: list[tuple[tuple[Tensor, ...], Call]] = []
 
-        def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            received.append((args, kwargs))
-            if (len(args) == 1 and not kwargs) or len(received) == len(self.blocks):
+        def note(call: Call) -> None:
+            streams, beside = self.family.block_input(call)
+            received.append((streams, beside))
+            if not (beside.args or beside.kwargs) or len(received) == len(self.blocks):
                 raise _Left
 
-        with _receiving(self.blocks, note):
-            self.run_model(images)
-        hidden = received[0][0][0]
-        beside = [(args[1:], kwargs) for args, kwargs in received]
-        return _Piece(self.tracker.grid, hidden, hidden, beside if len(beside) > 1 else beside * len(self.blocks))
+        with suppress(_Left), listening(self.blocks, note):
+            call.of(self.run_model)
+        streams, besides = received[0][0], [beside for _, beside in received]
+        return _Piece(self.tracker.grid, streams, streams, besides if len(besides) > 1 else besides * len(self.blocks))
 
-    def fill_pool(self, images: Iterable[Tensor]) -> int:
-        """Take the first `pool` images up to the first block; returns how many there were."""
-        stream = (image for batch in batches(images, self.model) for image in batch)
+    def fill_pool(self, examples: Iterable[Tensor] | Iterable[Call]) -> int:
+        """Take the first `pool` examples up to the first block; returns how many there were."""
+        stream = iter(examples)
+        first = list(islice(stream, 1))
+        calls: Iterable[Any] = chain(first, stream)
+        if not (first and isinstance(first[0], Call)):
+            self.run_model = self.family.runner(self.model)
+            calls = (Call((batch,)) for batch in batches(calls, self.model))
+        singles = islice((single for call in calls for single in call.each()), self.config.pool)
         count = 0
-        for same in _pieces(islice(stream, self.config.pool), self.config.batch):
+        for same in grouped(singles, self.config.batch):
             self.pieces.append(self._enter(same))
             count += len(same)
         return count
@@ -235,13 +231,18 @@ class _Calibration:
         errors: dict[str, SiteError] = {}
         for index, block in enumerate(self.blocks):
             inside = {site: a for site, a in self.sites.items() if any(module is a for module in block.modules())}
+            if self.config.stream == "host":
+                for piece in self.pieces:
+                    piece.converted = piece.host
             targets = [self._advance_host(index, inside, piece) for piece in self.pieces]
             for site, attention in inside.items():
-                questions = [self._question(index, attention, piece) for piece in self.pieces]
+                before = [] if self.config.stream == "converted" else [a for a in inside.values() if a is not attention]
+                questions = [self._question(index, attention, before, piece) for piece in self.pieces]
                 errors[site] = self._fit(site, attention, list(zip(questions, (t[site] for t in targets), strict=True)))
-            with torch.no_grad():
-                for piece in self.pieces:
-                    piece.converted = self._run(index, piece, piece.converted)
+            if self.config.stream == "converted":
+                with torch.no_grad():
+                    for piece in self.pieces:
+                        piece.converted = self._run(index, piece, piece.converted)
         return errors
 
     @torch.no_grad()
@@ -253,38 +254,52 @@ class _Calibration:
         return {site: stand.answer for site, stand in stands.items()}
 
     @torch.no_grad()
-    def _question(self, index: int, attention: Any, piece: _Piece) -> _Question:
-        """What the core at `attention` is asked on the converted stream; for CPE, whose place is before the projections, more."""
-        if attention.core.config.locality == "cpe":
-            received: list[_Received] = []
+    def _question(self, index: int, attention: Any, aside: list[Any], piece: _Piece) -> _Question:
+        """What the core at `attention` is asked on the converted stream; for CPE, whose place is before the projections, more.
 
-            def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                received.append(_Received(args, kwargs, piece.grid))
-                raise _Left
+        Those of `aside`, in the same block, answer as the host meanwhile.
+        """
+        received: list[_Received] = []
 
-            with _receiving([attention], note):
+        def note(call: Call) -> None:
+            received.append(_Received(call, piece.grid))
+            raise _Left
+
+        with ExitStack() as stack:
+            for other in aside:
+                stack.enter_context(_stand(other))
+            if attention.core.config.locality == "cpe":
+                stack.enter_context(listening([attention], note))
+            else:
+                stand = stack.enter_context(_stand(attention, leave=True))
+            with suppress(_Left):
                 self._run(index, piece, piece.converted)
-            return received[0]
-        with _stand(attention, leave=True) as stand, suppress(_Left):
-            self._run(index, piece, piece.converted)
-        return stand.question
+        return received[0] if received else stand.question
 
     def _fit(self, site: str, attention: Any, examples: list[_Example]) -> SiteError:
         size = max(sum(float(target.square().sum()) for _, target in examples), torch.finfo(torch.float64).tiny)
         before = self._error(attention, examples, size)
         if not list(attention.core.parameters()) or not self.config.steps:
             return SiteError(before=before, after=before)
-        mean_square = size / sum(target.numel() for _, target in examples)
+        distance, scale = self._distance(examples)
         schedule = _Schedule(attention.core, self.config)
         start = {name: tensor.clone() for name, tensor in attention.core.state_dict().items()}
         try:
             for _ in range(self.config.steps):
                 question, target = examples[self._draw()]
-                self._step(site, F.mse_loss(_answer(attention, question), target) / mean_square, schedule)
+                self._step(site, distance(_answer(attention, question), target) / scale, schedule)
         except CalibrationError:
             attention.core.load_state_dict(start)
             raise
         return SiteError(before=before, after=self._error(attention, examples, size))
+
+    def _distance(self, examples: list[_Example]) -> tuple[Callable[[Tensor, Tensor], Tensor], float]:
+        """How far an answer is from the host's, and how far nothing would be."""
+        count = sum(target.numel() for _, target in examples)
+        absolute = self.config.loss == "l1"
+        sizes = (target.abs() if absolute else target.square() for _, target in examples)
+        scale = max(sum(float(size.sum()) for size in sizes), torch.finfo(torch.float64).tiny) / count
+        return F.l1_loss if absolute else F.mse_loss, scale
 
     @torch.no_grad()
     def _error(self, attention: Any, examples: list[_Example], size: float) -> float:
@@ -301,21 +316,10 @@ def _answer(attention: Any, question: _Question) -> Tensor:
     handle = attention.core.register_forward_hook(lambda module, args, output: kept.append(output))
     attention.tracker.grid = question.grid
     try:
-        attention(*question.args, **question.kwargs)
+        question.call.of(attention)
     finally:
         handle.remove()
     return kept[0]
-
-
-def _pieces(images: Iterable[Tensor], batch: int) -> Iterator[Tensor]:
-    """Batches (at most `batch`, 3, h, w) of the images (3, h, w), each of one shape, however they arrived."""
-    waiting: dict[torch.Size, list[Tensor]] = {}
-    for image in images:
-        same = waiting.setdefault(image.shape, [])
-        same.append(image)
-        if len(same) == batch:
-            yield torch.stack(waiting.pop(image.shape))
-    yield from (torch.stack(rest) for rest in waiting.values())
 
 
 @contextmanager
@@ -334,18 +338,19 @@ def _only_cores_learn(model: nn.Module) -> Iterator[None]:
 
 def calibrate(
     model: nn.Module,
-    images: Tensor | Iterable[Tensor],
+    examples: Tensor | Iterable[Tensor] | Iterable[Call],
     *,
     config: CalibrationConfig | None = None,
     progress: Progress | None = None,
 ) -> CalibrationResult:
-    """Fit the new parameters of a converted `model`, in place, to the model's own softmax attention on `images`.
+    """Fit the new parameters of a converted `model`, in place, to the model's own softmax attention on `examples`.
 
-    `images` is (M, 3, h, w) or an iterable of such batches or of single (3, h, w) images, normalised as the model expects;
-    batches may differ in shape. `progress(done, total, what)` is called after every optimiser step.
+    They are pictures, (M, 3, h, w) or an iterable of such batches or of single (3, h, w) ones, normalised as the model expects;
+    or calls of the model, as `lineate.generate.trajectory` has them of a denoiser. They may differ in shape.
+    `progress(done, total, what)` is called after every optimiser step.
     Raises `ConversionError` on an unconverted model, `EvaluationError` on unusable images, `CalibrationError` when a loss
-    leaves the finite numbers. Whatever is raised, Ctrl-C included, the model stays valid: some cores fitted,
-    the others as they were.
+    leaves the finite numbers. Whatever is raised, Ctrl-C included, the model stays valid: some cores fitted, the others as they
+    were.
     """
     config = config or CalibrationConfig()
     dtype = next(model.parameters()).dtype
@@ -357,6 +362,6 @@ def calibrate(
     calibration = _Calibration(model, config, progress)
     with evaluating(model), _only_cores_learn(model), torch.enable_grad():
         with torch.no_grad():
-            count = calibration.fill_pool([images] if isinstance(images, Tensor) else images)
+            count = calibration.fill_pool([examples] if isinstance(examples, Tensor) else examples)
         sites = calibration.fit_sites()
     return CalibrationResult(sites=sites, images=count, steps=calibration.done, seconds=time.perf_counter() - started)

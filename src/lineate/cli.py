@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from lineate.cli_calibrate import calibrate
 from lineate.cli_generate import generate
 from lineate.cli_options import (
     FORMS,
@@ -113,6 +114,7 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(calibrate)
 app.command()(generate)
 
 
@@ -241,7 +243,7 @@ def convert(
     from lineate import runs, save
     from lineate.checkpoint import RUN, check_target
     from lineate.linearize import describe, tensor_counts
-    from lineate.sources import load_source
+    from lineate.sources import is_denoiser, load_denoiser, load_source
 
     if converted_as(source) is not None:
         from lineate.convert import ConversionError
@@ -249,51 +251,15 @@ def convert(
         raise ConversionError(f"{source} is converted already; choices: embedded, timm:NAME ...")
     settings = read(source, preset, config, set_, seed)
     check_target(out.resolve(), overwrite)
-    loaded = load_source(source)
     assert settings.conversion is not None
-    model = convert_model(loaded.model, settings.conversion, interpolated=loaded.interpolated)
+    if is_denoiser(source):
+        model = convert_model(load_denoiser(source), settings.conversion)
+    else:
+        loaded = load_source(source)
+        model = convert_model(loaded.model, settings.conversion, interpolated=loaded.interpolated)
     saved = save(model, out, delta=delta, overwrite=overwrite)
-    about = describe(loaded.name, model, None, preset=settings.preset, seed=settings.conversion.seed)
+    about = describe(source, model, None, preset=settings.preset, seed=settings.conversion.seed)
     runs.write_json(saved / RUN, about | {"results": {"tensors": tensor_counts(model)}})
-    typer.echo(f"model: {saved}")
-
-
-@app.command()
-def calibrate(
-    source: SourceArgument, images: Images, out: Out, preset: Preset = None, config: Config = None, set_: Set = None,
-    image_size: ImageSize = None, seed: Seed = None, overwrite: Overwrite = False, device: Device = "cpu",
-) -> None:  # fmt: skip
-    """Fit a converted model, or SOURCE converted here, to its own softmax attention, and save, with a run.json beside it."""
-    from lineate import runs, save
-    from lineate.checkpoint import RUN, check_target
-    from lineate.images import find_images
-    from lineate.linearize import check_readable, crops, describe, fit, load_pair, tensor_counts
-
-    settings = read(source, preset, config, set_, seed)
-    paths = find_images(images)
-    check_readable(paths)
-    check_target(out.resolve(), overwrite)
-    runs.find_device(device)
-    size = image_size if image_size is not None else settings.image_size
-    with screen() as shown:
-        shown.say(f"loading {source}")
-        pair = load_pair(source, settings.conversion, image_size=size, device=device)
-        pool = crops(pair.source, paths, settings.calibration, settings.calibration.seed)
-        shown.say(f"calibrating on {pool.count} crops of {len(pool.paths)} photographs")
-        result = fit(pair.converted, pool, settings.calibration, shown.progress)
-        if pool.skipped:
-            shown.say(f"skipped {len(pool.skipped)} unreadable: {', '.join(path.name for path in pool.skipped)}")
-    saved = save(pair.converted, out, overwrite=overwrite)
-    about = describe(pair.source.name, pair.converted, settings.calibration, preset=settings.preset,
-                     seed=settings.calibration.seed, image_size=pair.source.image_size)  # fmt: skip
-    skipped = {str(path): reason for path, reason in pool.skipped.items()}
-    results = {"tensors": tensor_counts(pair.converted), "calibration": result.model_dump(mode="json"),
-               "images": {"calibration": len(pool.paths) - len(skipped), "skipped": skipped}}  # fmt: skip
-    runs.write_json(saved / RUN, about | {"results": results})
-    table = Table("site", "error before", "after", title=f"Relative error on the crops, {result.seconds:.0f} s")
-    for site, error in result.sites.items():
-        table.add_row(site, f"{error.before:.3f}", f"{error.after:.3f}")
-    Console().print(table)
     typer.echo(f"model: {saved}")
 
 

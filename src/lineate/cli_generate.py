@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from lineate.cli_options import AllChannels, Guidance, Scheduler, Steps
 from lineate.terminal import screen
 
 MOST_COLUMNS = 16
@@ -21,12 +22,10 @@ def generate(
     grid: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Write all pictures there, as one.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write each picture there; goes on where it stopped.")] = None,
     number: Annotated[int | None, typer.Option(min=1, help="How many pictures (default: 4 of each of --classes, or 16).")] = None,
-    scheduler: Annotated[str, typer.Option(help="ddpm, ddim, or flow for a model that learned a velocity.")] = "ddpm",
-    steps: Annotated[int, typer.Option(help="Steps of the scheduler.")] = 250,
-    guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance; 1 is none.")] = 4.0,
-    all_channels: Annotated[
-        bool, typer.Option("--all-channels", help="Guide every channel; default: the first 3, as DiT's sampler does.")
-    ] = False,
+    scheduler: Scheduler = "ddpm",
+    steps: Steps = 250,
+    guidance: Guidance = 4.0,
+    all_channels: AllChannels = False,
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at a time, in each process.")] = 16,
     vae: Annotated[Path | None, typer.Option(metavar="DIR", help="diffusers' AutoencoderKL, for a model of latents.")] = None,

@@ -39,6 +39,13 @@ Recipe = Annotated[
 ]
 Epochs = Annotated[float | None, typer.Option(metavar="N", help="Epochs, with the recipe's warm-up in proportion.")]
 
+Scheduler = Annotated[str, typer.Option(help="ddpm, ddim, or flow for a model that learned a velocity.")]
+Steps = Annotated[int, typer.Option(help="Steps of the scheduler.")]
+Guidance = Annotated[float, typer.Option(help="Strength of classifier-free guidance; 1 is none.")]
+AllChannels = Annotated[
+    bool, typer.Option("--all-channels", help="Guide every channel; default: the first 3, as DiT's sampler does.")
+]
+
 
 def settings(
     source: str, preset: str | None, config: Path | None, assignments: list[str] | None, seed: int | None, **training: Any

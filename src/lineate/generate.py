@@ -30,14 +30,16 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lineate.autoencoder import GenerateError, decode, fingerprint, to_bytes
+from lineate.calls import Call, listening
 from lineate.evaluate import Progress, evaluating
 from lineate.images import open_image
 from lineate.mixers.base import Frozen
 from lineate.models.dit import DiT
 from lineate.train.diffusion import Ddpm, predict
-from lineate.train.randomness import IMAGE, derive
+from lineate.train.randomness import IMAGE, TRAJECTORY, derive
 
 ABOUT = "sampling.json"
+KEPT_STEPS = 8  # of a trajectory: few, so that the pool has many pictures, and enough that sampling them is not the longest part
 
 
 class Sampling(Frozen):
@@ -133,6 +135,29 @@ def sample(made_by: Denoiser, labels: Sequence[int], seeds: Sequence[int], sampl
                 output = output if sampling.scheduler == "ddpm" else output[:, : x.shape[1]]
             x = scheduler.step(output, t, x, generator=draws).prev_sample
     return x
+
+
+def trajectory(
+    made_by: Denoiser, sampling: Sampling, count: int, *, batch: int = 16, progress: Progress | None = None
+) -> list[Call]:
+    """`count` calls of the model, one example each, as sampling makes them: to calibrate on, see `lineate.calibrate`.
+
+    Classes are drawn evenly. Of every picture `KEPT_STEPS` steps are kept, drawn evenly from all; with guidance those of no class
+    are among them. All follows from the sampling's seed.
+    """
+    draw = torch.Generator().manual_seed(derive(TRAJECTORY, sampling.seed))
+    kept: list[Call] = []
+    while len(kept) < count:
+        steps = torch.randperm(sampling.steps, generator=draw)[:KEPT_STEPS].tolist()
+        labels = torch.randint(made_by.classes, (batch,), generator=draw).tolist()
+        seeds = torch.randint(2**62, (batch,), generator=draw).tolist()
+        heard: list[Call] = []
+        with listening([made_by.model], heard.append):
+            sample(made_by, labels, seeds, sampling)
+        kept += [single for step in steps for single in heard[step].each()]
+        if progress is not None:
+            progress(min(len(kept), count), count, "sampling")
+    return [kept[index] for index in torch.randperm(len(kept), generator=draw)[:count].tolist()]
 
 
 def _asker(made_by: Denoiser, labels: Tensor, sampling: Sampling) -> Callable[[Tensor, Tensor], Tensor]:

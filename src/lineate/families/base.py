@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lineate.calls import Call
 from lineate.core import CoreAttention
 from lineate.layout import LayoutError, TokenLayout
 
@@ -211,6 +212,15 @@ class Family(ABC):
     def runner(self, model: nn.Module) -> Callable[[Tensor], Any]:
         """What runs the model on pictures (B, 3, h, w) of any size that it takes: the model itself where that is all."""
         return model
+
+    def block_input(self, call: Call) -> tuple[tuple[Tensor, ...], Call]:
+        """What a block was called with, apart: the tokens (B, N, C) that it passes on, one stream or several, and all else."""
+        return (call.args[0],), Call(call.args[1:], call.kwargs)
+
+    def run_block(self, block: nn.Module, streams: tuple[Tensor, ...], beside: Call) -> tuple[Tensor, ...]:
+        """The streams after `block`, taken apart and put together as `block_input` does."""
+        out = block(*streams, *beside.args, **beside.kwargs)
+        return (out[0] if isinstance(out, tuple) else out,)
 
     @abstractmethod
     def features(self, model: nn.Module, images: Tensor) -> Features:

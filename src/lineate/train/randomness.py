@@ -14,7 +14,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-ORDER, SAMPLE, STEP, ADAPTER, IMAGE, HOST = range(6)  # what is drawn, so that equal numbers of two kinds give unequal seeds
+ORDER, SAMPLE, STEP, ADAPTER, IMAGE, HOST, TRAJECTORY = range(
+    7
+)  # what is drawn, so that equal numbers of two kinds give unequal seeds
 
 
 def derive(kind: int, *numbers: int) -> int:

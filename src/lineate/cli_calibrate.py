@@ -1,0 +1,112 @@
+"""`lineate calibrate`: a converted model, fitted to its own softmax attention on photographs, or along its own sampling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lineate.cli_options import (
+    AllChannels,
+    Config,
+    Device,
+    Guidance,
+    ImageSize,
+    Out,
+    Overwrite,
+    Preset,
+    Scheduler,
+    Seed,
+    Set,
+    SourceArgument,
+    Steps,
+    settings,
+)  # fmt: skip
+from lineate.terminal import Screen, screen
+
+
+def calibrate(
+    source: SourceArgument, out: Out,
+    images: Annotated[Path | None, typer.Option(metavar="DIR", help="Photographs, no labels; not for a denoiser.")] = None,
+    preset: Preset = None, config: Config = None, set_: Set = None, image_size: ImageSize = None, scheduler: Scheduler = "ddim",
+    steps: Steps = 50, guidance: Guidance = 1.5, all_channels: AllChannels = False, seed: Seed = None,
+    overwrite: Overwrite = False, device: Device = "cpu",
+) -> None:  # fmt: skip
+    """Fit a converted model, or SOURCE converted here, to its own softmax attention, and save, with a run.json beside it.
+
+    A denoiser is fitted on what it is asked while it samples, by --scheduler, --steps and --guidance; it needs no pictures.
+    """
+    from lineate import runs, save
+    from lineate.checkpoint import RUN, check_target
+    from lineate.generate import Sampling
+    from lineate.linearize import describe, tensor_counts
+    from lineate.settings import SettingsError
+    from lineate.sources import is_denoiser
+
+    asked = settings(source, preset, config, set_, seed)
+    check_target(out.resolve(), overwrite)
+    place, size = runs.find_device(device), image_size if image_size is not None else asked.image_size
+    denoises = is_denoiser(source)
+    if denoises is not (images is None):
+        raise SettingsError(
+            "a denoiser is calibrated along its own sampling, without --images" if denoises else "give --images DIR"
+        )
+    with screen() as shown:
+        shown.say(f"loading {source}")
+        if denoises:
+            fields = {"scheduler": scheduler, "steps": steps, "guidance": guidance, "seed": asked.calibration.seed}
+            sampling = Sampling.model_validate(fields | {"guided_channels": None if all_channels else 3})
+            model, result = _along_sampling(source, asked, sampling, place, shown)
+            config_, counts = {"sampling": sampling.model_dump(mode="json")}, {"calibration": result.images}
+        else:
+            assert images is not None
+            model, result, config_, counts = _on_photographs(source, asked, images, size, device, shown)
+    saved = save(model, out, overwrite=overwrite)
+    about = describe(source, model, asked.calibration, preset=asked.preset, seed=asked.calibration.seed, **config_)
+    results = {"tensors": tensor_counts(model), "calibration": result.model_dump(mode="json"), "images": counts}
+    runs.write_json(saved / RUN, about | {"results": results})
+    table = Table("site", "error before", "after", title=f"Relative error on the examples, {result.seconds:.0f} s")
+    for site, error in result.sites.items():
+        table.add_row(site, f"{error.before:.3f}", f"{error.after:.3f}")
+    Console().print(table)
+    typer.echo(f"model: {saved}")
+
+
+def _on_photographs(source: str, asked: Any, images: Path, size: int | None, device: str, shown: Screen) -> tuple[Any, ...]:
+    """The model, what fitting gave, and what run.json says of it: settings, and counts of the pictures."""
+    from lineate.images import find_images
+    from lineate.linearize import check_readable, crops, fit, load_pair
+
+    paths = find_images(images)
+    check_readable(paths)
+    pair = load_pair(source, asked.conversion, image_size=size, device=device)
+    pool = crops(pair.source, paths, asked.calibration, asked.calibration.seed)
+    shown.say(f"calibrating on {pool.count} crops of {len(pool.paths)} photographs")
+    result = fit(pair.converted, pool, asked.calibration, shown.progress)
+    if pool.skipped:
+        shown.say(f"skipped {len(pool.skipped)} unreadable: {', '.join(path.name for path in pool.skipped)}")
+    skipped = {str(path): reason for path, reason in pool.skipped.items()}
+    counts = {"calibration": len(pool.paths) - len(skipped), "skipped": skipped}
+    return pair.converted, result, {"image_size": pair.source.image_size}, counts
+
+
+def _along_sampling(source: str, asked: Any, sampling: Any, place: Any, shown: Screen) -> tuple[Any, ...]:
+    """The model, fitted on calls of its original, and what fitting gave."""
+    from lineate import convert
+    from lineate.calibrate import calibrate as fit
+    from lineate.checkpoint import original_of
+    from lineate.generate import denoiser, trajectory
+    from lineate.sources import load_denoiser
+
+    model = load_denoiser(source).to(place)
+    converted = getattr(model, "lineate_record", None) is not None
+    original = denoiser(original_of(model) if converted else model)
+    shown.say(f"drawing {asked.calibration.pool} examples along the original's sampling")
+    examples = trajectory(original, sampling, asked.calibration.pool, progress=shown.progress)
+    if not converted:
+        convert(model, asked.conversion)
+    shown.say(f"calibrating on {len(examples)} examples")
+    return model, fit(model, examples, config=asked.calibration, progress=shown.progress)

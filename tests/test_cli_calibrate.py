@@ -1,0 +1,57 @@
+"""`lineate calibrate` and `convert` of a denoiser: no pictures, its own sampling; what is left says how."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import lineate
+from lineate.cli import app
+from lineate.convert import record
+
+from .tiny import DIT, dit
+
+QUICK = ("--set", "calibration.steps=3", "--set", "calibration.pool=8", "--steps", "4", "--guidance", "2")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    """A DiT in the released format."""
+    torch.manual_seed(0)
+    torch.save({"ema": dit(input_size=8).state_dict()}, tmp_path / "dit.pt")
+    shown = ",".join(f"{name}={DIT[name]}" for name in ("patch_size", "hidden_size", "depth", "num_heads"))
+    return f"dit:{shown}@{tmp_path / 'dit.pt'}"
+
+
+def call(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_an_original_is_converted_and_fitted_along_its_sampling(source: str, tmp_path: Path) -> None:
+    done = call("calibrate", source, "--out", tmp_path / "fitted", *QUICK)
+    assert done.exit_code == 0, done.output
+    run = json.loads((tmp_path / "fitted" / "run.json").read_text())
+    assert run["preset"] == "dit5" and run["results"]["images"] == {"calibration": 8}
+    assert (run["config"]["sampling"]["scheduler"], run["config"]["sampling"]["steps"]) == ("ddim", 4)
+    assert set(run["results"]["calibration"]["sites"]) == set(record(lineate.load(tmp_path / "fitted")).sites)
+    # What was converted before is fitted on its original's sampling: the same pool, the same fit.
+    assert call("convert", source, "--out", tmp_path / "plain").exit_code == 0
+    assert call("calibrate", tmp_path / "plain", "--out", tmp_path / "again", *QUICK).exit_code == 0
+    one, other = (lineate.load(tmp_path / name).state_dict() for name in ("fitted", "again"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_pictures_are_for_models_that_see(source: str, tmp_path: Path) -> None:
+    for arguments, reason in (
+        ((source, "--images", tmp_path), "a denoiser is calibrated along its own sampling, without --images"),
+        (("timm:test_vit",), "give --images DIR"),
+        ((source, "--steps", "7"), "steps must divide that; got 7"),
+    ):
+        refused = call("calibrate", *arguments, "--out", tmp_path / "none")
+        assert refused.exit_code == 1 and reason in refused.stderr, refused.output
+    assert not (tmp_path / "none").exists()
