@@ -251,9 +251,9 @@ def test_every_diffusers_denoiser_can_be_fitted() -> None:
 
 def test_on_the_hosts_stream_each_site_is_fitted_alone(tiny_vit) -> None:
     """Grafting's first stage: what the second site learns does not depend on the first, and the error may be absolute."""
-    fitted = []
+    original, fitted = host(tiny_vit), []
     for skew in (0.0, 1.0):
-        model = convert(host(tiny_vit), "t5-2layer")
+        model = convert(copy.deepcopy(original), "t5-2layer")
         with torch.no_grad():
             model.get_submodule("blocks.0.attn.core").q_conv.bias += skew
         config = QUICK.model_copy(update={"stream": "host", "loss": "l1"})
@@ -266,9 +266,9 @@ def test_on_the_hosts_stream_each_site_is_fitted_alone(tiny_vit) -> None:
 
 def test_a_regression_of_one_converted_block_equals_the_streams_meeting_there(tiny_vit) -> None:
     """With one site the two streams are the same up to it."""
-    results = []
+    original, results = host(tiny_vit), []
     for stream in ("converted", "host"):
-        model = convert(host(tiny_vit), Conversion(sites=("blocks.1.attn",)))
+        model = convert(copy.deepcopy(original), Conversion(sites=("blocks.1.attn",)))
         calibrate(model, pictures(), config=QUICK.model_copy(update={"stream": stream}))
         results.append(model.state_dict())
     assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())

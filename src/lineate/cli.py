@@ -16,6 +16,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from lineate.cli_calibrate import calibrate
+from lineate.cli_fid import fid
 from lineate.cli_generate import generate
 from lineate.cli_options import (
     FORMS,
@@ -116,6 +117,7 @@ class Commands(TyperGroup):
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(calibrate)
 app.command()(generate)
+app.command()(fid)
 
 
 def _plan(settings: Settings, sizes: str | None, image_size: int | None, **rest: Any) -> Plan:

@@ -14,6 +14,8 @@ from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from lineate.calibrate import CalibrationConfig, calibrate
+from lineate.calls import Call, listening
 from lineate.checkpoint import load, save
 from lineate.convert import Conversion, ConversionError, convert, core_modules, preset, record
 from lineate.families import UnsupportedModelError, detect
@@ -194,22 +196,31 @@ def test_what_passes_at_a_site_can_be_watched_on_host_and_converted_model_alike(
 
 
 def test_blocks_lead_from_one_to_the_next() -> None:
-    """Calibration walks them by `onward`."""
+    """As calibration walks them."""
     model = convert(medium(), "sd35-t5-all")
     family = detect(model)
-    calls: list[Any] = []
-    handle = model.transformer_blocks[0].register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
-    )
+    calls: list[Call] = []
     ends: list[Tensor] = []
     model.norm_out.register_forward_pre_hook(lambda module, args: ends.append(args[0]))
-    run(model)
-    handle.remove()
-    (call,) = calls
+    with listening([model.transformer_blocks[0]], calls.append):
+        run(model)
+    streams, beside = family.block_input(calls[0])
     for block in family.blocks(model):
-        args, kwargs = call
-        call = family.onward(call, block(*args, **kwargs))
-    assert torch.equal(call[1]["hidden_states"], ends[0]) and call[1]["encoder_hidden_states"] is None
+        streams = family.run_block(block, streams, beside)
+    assert torch.equal(streams[0], ends[0]) and streams[1] is None
+
+
+def test_both_streams_are_calibrated() -> None:
+    """Every site, joint or of the image alone, comes closer; along the converted streams and along the host's."""
+    for stream in ("converted", "host"):
+        model = convert(medium(), "sd35-t5-all")
+        calls: list[Call] = []
+        with listening([model], calls.append):
+            run(model)
+        config = CalibrationConfig(steps=10, batch=2, pool=2, stream=stream)
+        result = calibrate(model, calls, config=config)
+        assert list(result.sites) == list(record(model).sites) and result.images == 2
+        assert all(error.after < error.before for error in result.sites.values())
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,6 @@ class Attended:
 
 
 Note = Callable[[str, Attended], None]
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a module is called with: args and kwargs
 
 
 class GridTracker:
@@ -168,15 +167,19 @@ class Family(ABC):
 
     @abstractmethod
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """The blocks that hold the sites, in forward order; `onward` says how one's output becomes the next one's input."""
+        """The blocks that hold the sites, in forward order."""
 
-    def onward(self, call: Call, output: Any) -> Call:
-        """What the next block is called with, where one block was called with `call` and gave `output`.
+    def block_input(self, call: Call) -> tuple[tuple[Tensor, ...], Call]:
+        """What a block was called with, apart: the tokens (B, N, C) that it passes on, one stream or several, and all else.
 
-        By default a block maps its first argument, hidden tokens (B, N, C), to the next block's, and the rest stays.
+        By default its first argument is the tokens, and `run_block` takes them from its output, the first if there are several.
         """
-        (_, *rest), kwargs = call
-        return (output[0] if isinstance(output, tuple) else output, *rest), kwargs
+        return (call.args[0],), Call(call.args[1:], call.kwargs)
+
+    def run_block(self, block: nn.Module, streams: tuple[Tensor, ...], beside: Call) -> tuple[Tensor, ...]:
+        """The streams after `block`; calibration walks the blocks so."""
+        out = block(*streams, *beside.args, **beside.kwargs)
+        return (out[0] if isinstance(out, tuple) else out,)
 
     @abstractmethod
     def track(self, model: nn.Module) -> GridTracker:
@@ -212,15 +215,6 @@ class Family(ABC):
     def runner(self, model: nn.Module) -> Callable[[Tensor], Any]:
         """What runs the model on pictures (B, 3, h, w) of any size that it takes: the model itself where that is all."""
         return model
-
-    def block_input(self, call: Call) -> tuple[tuple[Tensor, ...], Call]:
-        """What a block was called with, apart: the tokens (B, N, C) that it passes on, one stream or several, and all else."""
-        return (call.args[0],), Call(call.args[1:], call.kwargs)
-
-    def run_block(self, block: nn.Module, streams: tuple[Tensor, ...], beside: Call) -> tuple[Tensor, ...]:
-        """The streams after `block`, taken apart and put together as `block_input` does."""
-        out = block(*streams, *beside.args, **beside.kwargs)
-        return (out[0] if isinstance(out, tuple) else out,)
 
     @abstractmethod
     def features(self, model: nn.Module, images: Tensor) -> Features:

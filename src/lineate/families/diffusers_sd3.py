@@ -13,8 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
 
-from lineate.families.base import AttentionSite, Call
+from lineate.calls import Call
+from lineate.families.base import AttentionSite
 from lineate.families.diffusers_attention import refusal
 from lineate.families.diffusers_host import DiffusersHost
 
@@ -34,11 +36,17 @@ class DiffusersSD3(DiffusersHost):
             if getattr(block, name, None) is not None
         ]
 
-    def onward(self, call: Call, output: Any) -> Call:
-        """A block gives (text, image), the text None where nobody reads it, and takes them by name."""
-        args, kwargs = call
-        text, image = output
-        return args, kwargs | {"hidden_states": image, "encoder_hidden_states": text}
+    def block_input(self, call: Call) -> tuple[tuple[Tensor, ...], Call]:
+        """Image and text, which a block takes by name."""
+        rest = dict(call.kwargs)
+        image, text = (rest.pop(name) for name in ("hidden_states", "encoder_hidden_states"))
+        return (image, text), Call(call.args, rest)
+
+    def run_block(self, block: nn.Module, streams: tuple[Tensor, ...], beside: Call) -> tuple[Tensor, ...]:
+        """A block gives (text, image), the text None where nobody reads it."""
+        image, text = streams
+        text, image = block(*beside.args, hidden_states=image, encoder_hidden_states=text, **beside.kwargs)
+        return image, text
 
 
 def _site(name: str, attention: Any) -> AttentionSite:
