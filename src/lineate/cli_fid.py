@@ -36,17 +36,17 @@ def fid(
     runs.check_file(out, overwrite)
     place, statistics = runs.find_device(device), _statistics(against)
     if statistics and extractor not in (None, INCEPTION):
-        raise EvaluationError(f"the statistics in {against} are of inception's features; {extractor} cannot be compared with them")
+        raise EvaluationError(f"the statistics in {against} are of inception's features, not of {extractor}'s")
     chosen = extractor or (INCEPTION if statistics else OFFLINE)
     with screen() as shown:
         shown.say(f"embedding {pictures} by {chosen}")
         asked = find_extractor(chosen, place, weights=weights)
+        real: Any = None if statistics else embed(asked, pictures_of(_real(against, split), batch=batch))
+        made = pictures_of(pictures, batch=batch)
         if chosen == INCEPTION:
-            real: Any = read_reference(Path(against)) if statistics else embed(asked, pictures_of(_real(against, split), batch=batch))
-            figures = list(fid_and_is(pictures_of(pictures, batch=batch), real, asked))
+            figures = list(fid_and_is(made, read_reference(Path(against)) if statistics else real, asked))
         else:
-            real = embed(asked, pictures_of(_real(against, split), batch=batch))
-            found = embed(asked, pictures_of(pictures, batch=batch))
+            found = embed(asked, made)
             figures = [kid(found, real), fd(found, real, components=components)]
     for figure in figures:
         typer.echo(str(figure))
