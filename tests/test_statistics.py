@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from lineate.statistics import Interval, bootstrap, holm, mcnemar, mean_interval, wilson
+from lineate.statistics import Interval, bootstrap, holm, mcnemar, mean_interval, sign_flip, wilson
 
 
 def test_wilson_equals_the_published_example() -> None:
@@ -84,6 +84,23 @@ def test_pairing_takes_out_what_both_share() -> None:
 
 def test_values_all_alike_have_no_width() -> None:
     assert bootstrap([2.0, 2.0, 2.0]) == mean_interval([2.0, 2.0, 2.0]) == Interval(value=2.0, low=2.0, high=2.0)
+
+
+def test_sign_flips_give_the_share_of_all_flips() -> None:
+    def by_counting(values: list[float]) -> float:
+        sums = [
+            abs(sum(sign * value for sign, value in zip(signs, values, strict=True)))
+            for signs in product((-1, 1), repeat=len(values))
+        ]
+        return sum(found >= abs(sum(values)) - 1e-12 for found in sums) / len(sums)
+
+    for values in ([1.0, 2.0, 3.0, 4.0, 5.0], [0.5, -0.25, 1.0, 0.75, -0.5, 0.5]):
+        assert sign_flip(values) == pytest.approx(by_counting(values), abs=0.02)
+    assert sign_flip([0.0, 0.0]) == 1 and sign_flip([1.0] * 40) == 1e-4
+    # a mean over groups: the first group's single difference weighs as much as all of the second's together
+    assert sign_flip([8.0], [1.0] * 8) == pytest.approx(by_counting([8.0] + [1 / 8] * 8), abs=0.02)
+    with pytest.raises(ValueError, match="in every group"):
+        sign_flip([1.0], [])
 
 
 def test_holm_equals_its_definition() -> None:

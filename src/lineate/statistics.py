@@ -3,6 +3,7 @@
     shares      Wilson's score interval: Wilson, "Probable inference, the law of succession, and statistical inference" (1927)
     pairs       McNemar's test, exact: under no difference, each image that only one of two models gets right is a fair coin;
                 McNemar, "Note on the sampling error of the difference between correlated proportions" (1947)
+    prompts     a test by flips of sign: under no difference, which of two models a prompt's difference favours is a fair coin
     seeds       Student's t interval of a mean over independent runs
     any figure  the bias-corrected and accelerated bootstrap: Efron, "Better bootstrap confidence intervals" (1987)
     many tests  Holm's step-down correction: Holm, "A simple sequentially rejective multiple test procedure" (1979)
@@ -91,6 +92,21 @@ def bootstrap(
         batch=max(1, 10_000_000 // max(len(array) for array in arrays)), rng=np.random.default_rng(seed),
     ).confidence_interval  # fmt: skip
     return Interval(value=value, low=float(found.low), high=float(found.high))
+
+
+def sign_flip(*groups: Sequence[float], flips: int = 9999, seed: int = 0) -> float:
+    """The chance, two-sided, of as large a mean over groups of their mean differences, if each sign were a fair coin.
+
+    By `flips` random draws, of which the data count as one more, so never 0. Raises `ValueError` without differences.
+    """
+    import numpy as np
+
+    if not groups or not all(groups):
+        raise ValueError("a test needs at least one difference in every group")
+    values = np.concatenate([np.asarray(group, dtype=np.float64) / len(group) for group in groups])
+    signs = np.random.default_rng(seed).integers(0, 2, (flips, len(values))) * 2.0 - 1
+    extreme = int((np.abs(signs @ values) >= abs(values.sum()) - 1e-12).sum())
+    return (1 + extreme) / (1 + flips)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

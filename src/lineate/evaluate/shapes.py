@@ -18,15 +18,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from lineate.evaluate import EvaluationError
 from lineate.evaluate.rules import Found, faults
-from lineate.prompts import Prompt
+from lineate.evaluate.tally import Judged
+from lineate.images import open_image
+from lineate.prompts import Prompt, read_layout
 from lineate.shapes import COLOURS, World, stamp
 
 LEAST_AREA = 8
@@ -61,6 +65,25 @@ def judge(prompt: Prompt, found: Sequence[Found]) -> tuple[bool, bool]:
     """Whether a picture is correct, and whether strictly so."""
     correct = not faults(prompt, found)
     return correct, correct and len(found) == sum(clause.count for clause in prompt.include)
+
+
+def score(folder: Path, world: World) -> tuple[list[Judged], list[Judged]]:
+    """Each prompt of a folder of pictures with the scores of its pictures, and again with the strict ones.
+
+    Raises `EvaluationError` or `PromptError`.
+    """
+    correct, strict = [], []
+    for prompt, files in read_layout(folder):
+        pictures = [pil_to_tensor(open_image(file)) / 255 for file in files]
+        odd = next((file for file, picture in zip(files, pictures, strict=True) if picture.shape[1:] != (world.side,) * 2), None)
+        if odd is not None:
+            raise EvaluationError(f"{odd} is not {world.side}x{world.side} px, as pictures of this world are")
+        verdicts = [judge(prompt, found) for found in detect(torch.stack(pictures), world)]
+        for scores, which in ((correct, 0), (strict, 1)):
+            scores.append(
+                Judged(tag=prompt.tag, prompt=prompt.prompt, scores=tuple(float(verdict[which]) for verdict in verdicts))
+            )
+    return correct, strict
 
 
 def _components(mask: Tensor) -> tuple[Tensor, list[tuple[int, ...]]]:

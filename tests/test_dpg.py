@@ -1,0 +1,147 @@
+"""DPG-Bench's scores follow the graph of questions; answers come from a file that anybody fills, or from transformers' ViLT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lineate.evaluate import EvaluationError, dpg
+
+QUESTIONS = """item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language
+a,A,,1,0,entity,entity - whole,x,Is there a cat?
+a,A,,2,1,attribute,attribute - color,x,Is the cat red?
+a,A,,3,2,relation,relation - spatial,x,"Is the red cat left, of anything?"
+a,A,,4,"1,2",entity,entity - part,x,Has it a tail?
+b,B,,1,0,entity,entity - whole,x,Is there a dog?
+b,B,,2,0,global,global - ,x,Is it a photo?
+"""
+PARTS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0))
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Path:
+    file = tmp_path / "questions.csv"
+    file.write_text(QUESTIONS)
+    return file
+
+
+@pytest.fixture
+def grids(tmp_path: Path) -> Path:
+    """A 2×2 grid of four colours for each item."""
+    out = tmp_path / "grids"
+    out.mkdir()
+    for item in "ab":
+        dpg.join([Image.new("RGB", (4, 2), colour) for colour in PARTS]).save(out / f"{item}.png")
+    return out
+
+
+def all_yes(but: dict[tuple[str, int, int], str] | None = None) -> dict[tuple[str, int, int], str]:
+    numbers = {"a": 4, "b": 2}
+    return {(item, i, q): "yes" for item in "ab" for i in range(4) for q in range(1, numbers[item] + 1)} | (but or {})
+
+
+def test_children_of_no_are_no_in_the_order_of_rows(graph: Path) -> None:
+    questions = dpg.read_questions(graph)
+    assert questions[3].parents == (1, 2) and questions[2].text == "Is the red cat left, of anything?"
+    found = dpg.score(questions, all_yes({("a", 0, 2): "no", ("a", 1, 1): "a dog", ("b", 3, 1): "no"}))
+    # picture 0: the cat is not red, so 3 (a child of 2) and 4 are moot; picture 1: there is no cat, so nothing counts
+    assert [of.scores for of in found.prompts] == [(0.25, 0.0, 1.0, 1.0), (1.0, 1.0, 1.0, 0.5)]
+    assert found.overall().value == pytest.approx((2.25 / 4 + 3.5 / 4) / 2)
+    assert found.broad == {"attribute": 2 / 4, "entity": (3 + 2 + 3) / 12, "global": 1.0, "relation": 2 / 4}
+    assert found.detailed["entity - part"] == 2 / 4
+
+
+def test_official_skips_the_first_row_and_takes_categories_from_the_last_picture(graph: Path) -> None:
+    questions = dpg.read_questions(graph)
+    found = dpg.score(questions, all_yes({("a", 0, 1): "no", ("a", 3, 2): "no", ("b", 0, 1): "no"}), "official")
+    # picture 0: question 1 is not asked, so its no moves nothing; picture 3: 2 is no, and 3 and 4 with it
+    assert [of.scores for of in found.prompts] == [(1.0, 1.0, 1.0, 0.0), (0.5, 1.0, 1.0, 1.0)]
+    assert found.broad == {"attribute": 0.0, "entity": 1.0, "global": 1.0, "relation": 1.0}
+
+
+def test_an_item_whose_only_question_is_the_first_row_is_not_scored_officially(tmp_path: Path) -> None:
+    file = tmp_path / "short.csv"
+    header, first, *_, last, again = QUESTIONS.splitlines()
+    file.write_text("\n".join((header, first, last, again)))
+    answers = all_yes()
+    questions = dpg.read_questions(file)
+    assert [of.prompt for of in dpg.score(questions, answers, "official").prompts] == ["b"]
+    assert [of.prompt for of in dpg.score(questions, answers).prompts] == ["a", "b"]
+
+
+def test_each_quarter_is_asked_and_nothing_twice(graph: Path, grids: Path, tmp_path: Path) -> None:
+    file, asked = tmp_path / "answers.csv", []
+
+    def viewer(picture: Image.Image, question: str) -> str:
+        asked.append((picture.size, picture.getpixel((0, 0)), question))
+        return "Yes" if picture.getpixel((3, 1)) == PARTS[2] else "no"
+
+    questions = dpg.read_questions(graph)
+    dpg.ask(grids, questions, viewer, file)
+    assert len(asked) == 24 and {size for size, *_ in asked} == {(4, 2)}
+    assert [colour for _, colour, question in asked if question == "Is there a dog?"] == list(PARTS)
+    dpg.ask(grids, questions, viewer, file)
+    assert len(asked) == 24
+    file.write_text("\n".join(file.read_text().splitlines()[:-1]) + "\n")
+    dpg.ask(grids, questions, viewer, file)
+    assert [question for *_, question in asked[24:]] == ["Is it a photo?"]
+    assert [of.scores for of in dpg.score(questions, dpg.read_answers(file)).prompts] == [(0, 0, 1, 0)] * 2
+
+
+def test_prompts_are_read_by_item(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("two\n")
+    (tmp_path / "a.txt").write_text("one")
+    assert list(dpg.read_texts(tmp_path).items()) == [("a", "one"), ("b", "two")]
+
+
+def test_bad_input_is_named(graph: Path, grids: Path, tmp_path: Path) -> None:
+    questions, bad = dpg.read_questions(graph), tmp_path / "bad.csv"
+    missing = all_yes()
+    del missing["b", 2, 1]
+    with pytest.raises(EvaluationError, match="question 1 about picture 2 of b has no answer"):
+        dpg.score(questions, missing)
+    with pytest.raises(EvaluationError, match="no answer to any"):
+        dpg.score(questions, {})
+    for text, reason in {
+        "item_id\n": "no column 'proposition_id'",
+        QUESTIONS.replace('"1,2"', "7"): "question 4 of a depends on 7, which is not there",
+        QUESTIONS.replace("a,A,,2,1", "a,A,,1,1"): "a has two questions 1",
+        QUESTIONS.replace("a,A,,2,1", "a,A,,2,one"): "bad.csv:3 is no question",
+    }.items():
+        bad.write_text(text)
+        with pytest.raises(EvaluationError, match=reason):
+            dpg.read_questions(bad)
+    bad.write_text("item,image,question,answer\na,first,1,yes\n")
+    with pytest.raises(EvaluationError, match=r"bad.csv:2: image and question are whole numbers"):
+        dpg.read_answers(bad)
+    (grids / "a.png").rename(grids / "c.png")
+    with pytest.raises(EvaluationError, match=r"no questions to .*c.png"):
+        dpg.ask(grids, questions, lambda *_: "yes", tmp_path / "answers.csv")
+    with pytest.raises(EvaluationError, match="even sides, got 3x2 px"):
+        dpg.quarter(Image.new("RGB", (3, 2)), 0)
+    with pytest.raises(EvaluationError, match="4 pictures of one size"):
+        dpg.join([Image.new("RGB", (2, 2))] * 3)
+    with pytest.raises(EvaluationError, match="no prompts"):
+        dpg.read_texts(grids)
+
+
+def test_vilt_answers_with_its_likeliest_label(tmp_path: Path) -> None:
+    from transformers import BertTokenizer, ViltConfig, ViltForQuestionAnswering, ViltImageProcessor, ViltProcessor
+
+    from lineate.evaluate.vqa import VqaViewer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "is", "there", "a", "dog", "?"]
+    tokenizer: Any = BertTokenizer(vocab={word: index for index, word in enumerate(words)}, model_max_length=6)
+    config = ViltConfig(
+        vocab_size=len(words), max_position_embeddings=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, image_size=32, patch_size=16, id2label={0: "no", 1: "yes", 2: "red"},
+    )  # fmt: skip
+    model = ViltForQuestionAnswering(config)
+    viewer = VqaViewer(model, ViltProcessor(ViltImageProcessor(size={"shortest_edge": 32}, size_divisor=16), tokenizer))
+    model.classifier[-1].bias.data[1] = 100.0
+    assert viewer(Image.new("RGB", (40, 32)), "is there a dog ? is there a dog ?") == "yes"
+    model.classifier[-1].bias.data[2] = 200.0
+    assert viewer(Image.new("RGB", (40, 32)), "is there a dog ?") == "red"
