@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 from PIL import Image
 
 from lineate.evaluate import EvaluationError, dpg
+from lineate.evaluate.tally import tally
+from lineate.prompts import sample_file, write_layout
 
 QUESTIONS = """item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language
 a,A,,1,0,entity,entity - whole,x,Is there a cat?
@@ -38,9 +41,10 @@ def grids(tmp_path: Path) -> Path:
     return out
 
 
-def all_yes(but: dict[tuple[str, int, int], str] | None = None) -> dict[tuple[str, int, int], str]:
+def all_yes(but: dict[tuple[str, int, int], str] | None = None) -> dpg.Answers:
     numbers = {"a": 4, "b": 2}
-    return {(item, i, q): "yes" for item in "ab" for i in range(4) for q in range(1, numbers[item] + 1)} | (but or {})
+    given = {(item, i, q): "yes" for item in "ab" for i in range(4) for q in range(1, numbers[item] + 1)}
+    return dpg.Answers("me", given | (but or {}))
 
 
 def test_children_of_no_are_no_in_the_order_of_rows(graph: Path) -> None:
@@ -49,7 +53,7 @@ def test_children_of_no_are_no_in_the_order_of_rows(graph: Path) -> None:
     found = dpg.score(questions, all_yes({("a", 0, 2): "no", ("a", 1, 1): "a dog", ("b", 3, 1): "no"}))
     # picture 0: the cat is not red, so 3 (a child of 2) and 4 are moot; picture 1: there is no cat, so nothing counts
     assert [of.scores for of in found.prompts] == [(0.25, 0.0, 1.0, 1.0), (1.0, 1.0, 1.0, 0.5)]
-    assert found.overall().value == pytest.approx((2.25 / 4 + 3.5 / 4) / 2)
+    assert tally(found.prompts).overall.value == pytest.approx((2.25 / 4 + 3.5 / 4) / 2)
     assert found.broad == {"attribute": 2 / 4, "entity": (3 + 2 + 3) / 12, "global": 1.0, "relation": 2 / 4}
     assert found.detailed["entity - part"] == 2 / 4
 
@@ -72,39 +76,67 @@ def test_an_item_whose_only_question_is_the_first_row_is_not_scored_officially(t
     assert [of.prompt for of in dpg.score(questions, answers).prompts] == ["a", "b"]
 
 
-def test_each_quarter_is_asked_and_nothing_twice(graph: Path, grids: Path, tmp_path: Path) -> None:
-    file, asked = tmp_path / "answers.csv", []
+class ThirdAlone:
+    """Says yes to the third picture of the grid, and notes what it was asked."""
 
-    def viewer(picture: Image.Image, question: str) -> str:
-        asked.append((picture.size, picture.getpixel((0, 0)), question))
+    name = "third"
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, Any, str]] = []
+
+    def __call__(self, picture: Image.Image, question: str) -> str:
+        self.asked.append((picture.size, picture.getpixel((0, 0)), question))
         return "Yes" if picture.getpixel((3, 1)) == PARTS[2] else "no"
 
-    questions = dpg.read_questions(graph)
+
+def test_each_quarter_is_asked_and_nothing_twice(graph: Path, grids: Path, tmp_path: Path) -> None:
+    file, viewer, questions = tmp_path / "answers.csv", ThirdAlone(), dpg.read_questions(graph)
     dpg.ask(grids, questions, viewer, file)
-    assert len(asked) == 24 and {size for size, *_ in asked} == {(4, 2)}
-    assert [colour for _, colour, question in asked if question == "Is there a dog?"] == list(PARTS)
+    assert len(viewer.asked) == 24 and {size for size, *_ in viewer.asked} == {(4, 2)}
+    assert [colour for _, colour, question in viewer.asked if question == "Is there a dog?"] == list(PARTS)
     dpg.ask(grids, questions, viewer, file)
-    assert len(asked) == 24
+    assert len(viewer.asked) == 24
     file.write_text("\n".join(file.read_text().splitlines()[:-1]) + "\n")
     dpg.ask(grids, questions, viewer, file)
-    assert [question for *_, question in asked[24:]] == ["Is it a photo?"]
-    assert [of.scores for of in dpg.score(questions, dpg.read_answers(file)).prompts] == [(0, 0, 1, 0)] * 2
+    assert [question for *_, question in viewer.asked[24:]] == ["Is it a photo?"]
+    answers = dpg.read_answers(file)
+    assert answers.viewer == "third"
+    assert [of.scores for of in dpg.score(questions, answers).prompts] == [(0, 0, 1, 0)] * 2
+    viewer.name = "fourth"
+    with pytest.raises(EvaluationError, match="the answers of third, not of fourth"):
+        dpg.ask(grids, questions, viewer, file)
 
 
-def test_prompts_are_read_by_item(tmp_path: Path) -> None:
-    (tmp_path / "b.txt").write_text("two\n")
-    (tmp_path / "a.txt").write_text("one")
-    assert list(dpg.read_texts(tmp_path).items()) == [("a", "one"), ("b", "two")]
+def test_folders_of_generated_pictures_are_the_same_as_grids(graph: Path, grids: Path, tmp_path: Path) -> None:
+    """From ITEM.txt to a prompt file's layout, whose pictures are asked about, and become the grids."""
+    for item in "ba":
+        (tmp_path / f"{item}.txt").write_text(f"{item} picture\n")
+    prompts = dpg.read_texts(tmp_path)
+    assert [(prompt.tag, prompt.prompt) for prompt in prompts] == [("a", "a picture"), ("b", "b picture")]
+    write_layout(prompts, tmp_path / "made")
+    for index, number in product(range(2), range(4)):
+        Image.new("RGB", (4, 2), PARTS[number]).save(sample_file(tmp_path / "made", index, number))
+    answers = []
+    for name, folder in (("made", tmp_path / "made"), ("grids", grids)):
+        dpg.ask(folder, dpg.read_questions(graph), ThirdAlone(), tmp_path / f"{name}.csv")
+        answers.append(dpg.read_answers(tmp_path / f"{name}.csv"))
+    assert answers[0] == answers[1]
+    dpg.write_grids(tmp_path / "made", tmp_path / "joined")
+    for item in "ab":
+        assert Image.open(tmp_path / "joined" / f"{item}.png").tobytes() == Image.open(grids / f"{item}.png").tobytes()
+    sample_file(tmp_path / "made", 0, 3).unlink()
+    sample_file(tmp_path / "made", 1, 3).unlink()
+    with pytest.raises(EvaluationError, match="one folder of 4 pictures; a has 3"):
+        dpg.read_pictures(tmp_path / "made")
 
 
 def test_bad_input_is_named(graph: Path, grids: Path, tmp_path: Path) -> None:
     questions, bad = dpg.read_questions(graph), tmp_path / "bad.csv"
-    missing = all_yes()
-    del missing["b", 2, 1]
+    missing = dpg.Answers("me", {key: answer for key, answer in all_yes().given.items() if key != ("b", 2, 1)})
     with pytest.raises(EvaluationError, match="question 1 about picture 2 of b has no answer"):
         dpg.score(questions, missing)
     with pytest.raises(EvaluationError, match="no answer to any"):
-        dpg.score(questions, {})
+        dpg.score(questions, dpg.Answers("me", {}))
     for text, reason in {
         "item_id\n": "no column 'proposition_id'",
         QUESTIONS.replace('"1,2"', "7"): "question 4 of a depends on 7, which is not there",
@@ -117,9 +149,12 @@ def test_bad_input_is_named(graph: Path, grids: Path, tmp_path: Path) -> None:
     bad.write_text("item,image,question,answer\na,first,1,yes\n")
     with pytest.raises(EvaluationError, match=r"bad.csv:2: image and question are whole numbers"):
         dpg.read_answers(bad)
+    bad.write_text("item,image,question,answer,viewer\na,0,1,yes,me\na,0,2,yes,you\n")
+    with pytest.raises(EvaluationError, match="one viewer, got me and you"):
+        dpg.read_answers(bad)
     (grids / "a.png").rename(grids / "c.png")
-    with pytest.raises(EvaluationError, match=r"no questions to .*c.png"):
-        dpg.ask(grids, questions, lambda *_: "yes", tmp_path / "answers.csv")
+    with pytest.raises(EvaluationError, match="no questions to 'c'"):
+        dpg.ask(grids, questions, ThirdAlone(), tmp_path / "answers.csv")
     with pytest.raises(EvaluationError, match="even sides, got 3x2 px"):
         dpg.quarter(Image.new("RGB", (3, 2)), 0)
     with pytest.raises(EvaluationError, match="4 pictures of one size"):
@@ -140,7 +175,7 @@ def test_vilt_answers_with_its_likeliest_label(tmp_path: Path) -> None:
         intermediate_size=8, image_size=32, patch_size=16, id2label={0: "no", 1: "yes", 2: "red"},
     )  # fmt: skip
     model = ViltForQuestionAnswering(config)
-    viewer = VqaViewer(model, ViltProcessor(ViltImageProcessor(size={"shortest_edge": 32}, size_divisor=16), tokenizer))
+    viewer = VqaViewer(model, ViltProcessor(ViltImageProcessor(size={"shortest_edge": 32}, size_divisor=16), tokenizer), "tiny")
     model.classifier[-1].bias.data[1] = 100.0
     assert viewer(Image.new("RGB", (40, 32)), "is there a dog ? is there a dog ?") == "yes"
     model.classifier[-1].bias.data[2] = 200.0

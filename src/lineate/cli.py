@@ -45,6 +45,7 @@ from lineate.cli_options import (
     converted_as,
 )
 from lineate.cli_options import settings as read
+from lineate.cli_score import dpg, geneval, prompts, shapes
 from lineate.terminal import Screen, screen, show, show_accuracy, show_conversions, show_cost
 
 if TYPE_CHECKING:
@@ -65,17 +66,19 @@ def _expected() -> tuple[type[BaseException], ...]:
     from lineate.evaluate import EvaluationError
     from lineate.families import UnsupportedModelError
     from lineate.images import ImageError
+    from lineate.prompts import PromptError
     from lineate.released import ReleasedError
     from lineate.report import ReportError
     from lineate.runs import RunError
     from lineate.settings import SettingsError
+    from lineate.shapes import ShapesError
     from lineate.sources import SourceError
     from lineate.train import TrainError
 
     return (
         CalibrationError, CheckpointError, ConversionError, DataError, EmbeddedModelError, EvaluationError, GenerateError,
-        ImageError, ReleasedError, ReportError, RunError, SettingsError, SourceError, TrainError, UnsupportedModelError,
-        ValidationError, ModuleNotFoundError, OSError,
+        ImageError, PromptError, ReleasedError, ReportError, RunError, SettingsError, ShapesError, SourceError, TrainError,
+        UnsupportedModelError, ValidationError, ModuleNotFoundError, OSError,
     )  # fmt: skip
 
 
@@ -115,9 +118,8 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.command()(calibrate)
-app.command()(generate)
-app.command()(fid)
+for command in (calibrate, generate, fid, prompts, geneval, dpg, shapes):
+    app.command()(command)
 
 
 def _plan(settings: Settings, sizes: str | None, image_size: int | None, **rest: Any) -> Plan:

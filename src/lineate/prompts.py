@@ -46,7 +46,7 @@ class Prompt(Frozen):
     """A text, and what a picture of it must show. `tag` is the skill that it tests."""
 
     tag: str
-    include: tuple[Clause, ...]
+    include: tuple[Clause, ...] = ()
     exclude: tuple[Clause, ...] = ()
     prompt: str
 
@@ -102,7 +102,7 @@ def read_layout(out: Path) -> list[tuple[Prompt, list[Path]]]:
 
     A prompt that has fewer pictures than the others was not finished, and a mean over it would weigh the prompts unequally.
     """
-    folders = sorted(path for path in out.iterdir() if path.name.isdigit()) if out.is_dir() else []
+    folders = _folders(out)
     if not folders:
         raise PromptError(f"{out} holds no folders 00000, 00001 ... of prompts and their pictures")
     found = [(read_prompts(folder / METADATA)[0], _pictures(folder / SAMPLES)) for folder in folders]
@@ -113,6 +113,15 @@ def read_layout(out: Path) -> list[tuple[Prompt, list[Path]]]:
     if odd:
         raise PromptError(f"{odd} pictures and {folders[0]} {usual}; every prompt needs as many")
     return found
+
+
+def has_layout(out: Path) -> bool:
+    """Whether a folder holds folders of prompts."""
+    return bool(_folders(out))
+
+
+def _folders(out: Path) -> list[Path]:
+    return sorted(path for path in out.iterdir() if path.is_dir() and path.name.isdigit()) if out.is_dir() else []
 
 
 def _pictures(folder: Path) -> list[Path]:

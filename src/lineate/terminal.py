@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from lineate.report import words
 
 if TYPE_CHECKING:
     from lineate.convert import Conversion
+    from lineate.evaluate.tally import Comparison, Tally
     from lineate.evaluate.top1 import Paired, Top1
     from lineate.report.run import Run
     from lineate.statistics import Interval
@@ -128,6 +129,21 @@ def show_accuracy(models: Mapping[str, Top1], paired: Paired | None) -> None:
             f"Same prediction on {_share(paired.agreement)} %; right in the original only: {paired.only_original}, "
             f"here only: {paired.only_converted}; McNemar's exact p = {paired.p:.3g}"
         )
+
+
+def show_scores(title: str, tallies: Sequence[Tally], comparison: Comparison | None) -> None:
+    """A row a tag, and overall: scores with 95 % intervals; of two models also the difference and its p."""
+    of = tallies[0]
+    columns = ("score %", "against %", "difference", "p") if comparison is not None else ("score %",)
+    title = f"{title}: {words.counted(of.pictures, 'picture')} of {words.counted(of.prompts, 'prompt')}, 95 % intervals"
+    table = Table("", *columns, title=escape(title))
+    for tag in (*(of.tags if len(of.tags) > 1 else ()), None):
+        cells = [_share(found.overall if tag is None else found.tags[tag]) for found in tallies]
+        if comparison is not None:
+            difference = comparison.overall if tag is None else comparison.tags[tag]
+            cells += [_share(difference.value), f"{difference.p:.3g}"]
+        table.add_row("overall" if tag is None else escape(tag), *cells)
+    Console(highlight=False).print(table)
 
 
 def _share(share: Interval | None) -> str:

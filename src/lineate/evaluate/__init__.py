@@ -1,6 +1,12 @@
-"""Measuring: fidelity (what a conversion changed), cost (what it bought), top-1 of classifiers, FID and its kin of generators.
+"""Measuring: what a conversion changed and bought, how good classifiers are, and what generators draw.
 
-Import from the modules: `lineate.evaluate.fidelity`, `lineate.evaluate.cost`, `lineate.evaluate.top1`, `lineate.evaluate.fid`.
+    fidelity, cost           the original against the converted model
+    top1                     classifiers
+    fid                      FID and its kin
+    geneval, dpg, shapes     text to image: objects found by a detector, questions answered, drawn scenes judged by rule
+    rules, tally             what these share: when a picture shows its prompt, and scores by tag
+
+Import from the modules: `lineate.evaluate.fidelity` and so on.
 """
 
 from __future__ import annotations

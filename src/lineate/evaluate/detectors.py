@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lineate.evaluate import EvaluationError
 from lineate.evaluate.geneval import Sighting
@@ -36,7 +36,7 @@ SENTENCES = ("a photo of a {color} {kind}", "a photo of a {color}-colored {kind}
 class Mask2FormerDetector:
     """A transformers Mask2Former of COCO's 80 classes. `short` and `long` are the sides in px that pictures are brought to."""
 
-    def __init__(self, model: nn.Module, name: str, *, short: int = SHORT, long: int = LONG) -> None:
+    def __init__(self, model: Any, name: str, *, short: int = SHORT, long: int = LONG) -> None:
         self.model, self.name, self.short, self.long = model.eval(), f"hf:{name}", short, long
         classes = model.config.num_labels
         if classes != len(CLASSES):
@@ -67,7 +67,7 @@ class Mask2FormerDetector:
 class ClipColors:
     """A transformers CLIP with its tokenizer and image processor: which of ten colours an object has."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, processor: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, processor: Any) -> None:
         self.model, self.tokenizer, self.processor = model.eval(), tokenizer, processor
         self.known: dict[str, Tensor] = {}
 
@@ -93,7 +93,8 @@ class ClipColors:
         return F.normalize(vectors[0], dim=-1)
 
     def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
 
 def load_detector(name: str = MASK2FORMER, device: torch.device | str = "cpu") -> Mask2FormerDetector:

@@ -1,9 +1,11 @@
 """DPG-Bench: dense prompts, and a graph of yes-or-no questions to each, asked of a grid of four pictures.
 
-    PROMPTS/ITEM.txt   the prompts                    GRIDS/ITEM.png   four pictures of one, 2×2 without padding
+    PROMPTS/ITEM.txt   the prompts
+    GRIDS/ITEM.png     four pictures of one, 2×2 without padding; or `lineate.prompts`' folders, where an item is its prompt's tag
     QUESTIONS.csv      a row a question: item_id, proposition_id, dependency ("0", or the questions without which this one is
                        moot: "1,3"), category_broad, category_detailed, question_natural_language and others
-    ANSWERS.csv        item, image (0 to 3, row by row), question (proposition_id), answer: whoever can see may fill it in
+    ANSWERS.csv        item, image (0 to 3, row by row), question (proposition_id), answer, and perhaps viewer, who answered:
+                       whoever can see may fill it in
 
     fixed      a question counts 1 if its answer is "yes", and 0 if any that it depends on counts 0, in the order of rows;
                picture: the mean over questions; prompt: over its four pictures; overall: over prompts.
@@ -11,14 +13,16 @@
     official   as the published script computes it: the file's first row is skipped, and a category is the mean of its questions
                without dependencies in each grid's last picture; trust its overall alone
 
-Figures depend on who answered: the published ones are mPLUG-large's, and no others compare with them. All scores lie in 0 to 1;
+Figures depend on the viewer: the published ones are mPLUG-large's, and no others compare with them. All scores lie in 0 to 1;
 the paper's are times 100. Source: Hu et al., arXiv 2403.05135, and its published script (Apache-2.0), read for facts.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -26,14 +30,14 @@ from lineate.evaluate import EvaluationError, Progress
 from lineate.evaluate.tally import Judged
 from lineate.images import find_images, open_image
 from lineate.mixers.base import Frozen
-from lineate.statistics import Interval, bootstrap
+from lineate.prompts import Prompt, has_layout, read_layout
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Mode = Literal["fixed", "official"]
-Answers = Mapping[tuple[str, int, int], str]  # (item, image, question) -> answer
 COLUMNS = ("item", "image", "question", "answer")
+VIEWER, ANSWERS = "viewer", "answers.csv"
 _NEEDED = ("item_id", "proposition_id", "dependency", "category_broad", "category_detailed", "question_natural_language")
 PICTURES = 4
 
@@ -49,8 +53,18 @@ class Question(Frozen):
     text: str
 
 
+@dataclass(frozen=True)
+class Answers:
+    """Answers by item, image and question, and whose they are; "unnamed" where a file does not say."""
+
+    viewer: str
+    given: Mapping[tuple[str, int, int], str]
+
+
 class Viewer(Protocol):
-    """Answers a question about a picture."""
+    """Answers a question about a picture; `name` goes beside every answer."""
+
+    name: str
 
     def __call__(self, picture: Image, question: str) -> str:
         """The answer: yes, or another."""
@@ -63,12 +77,6 @@ class DpgResult(Frozen):
     prompts: tuple[Judged, ...]
     broad: dict[str, float]
     detailed: dict[str, float]
-
-    def overall(self) -> Interval:
-        """The mean over prompts with its bootstrap interval. Raises `EvaluationError` for a single prompt."""
-        if len(self.prompts) < 2:
-            raise EvaluationError(f"an interval needs at least 2 prompts, got {len(self.prompts)}")
-        return bootstrap([prompt.mean for prompt in self.prompts])
 
 
 def read_questions(file: Path) -> list[Question]:
@@ -88,36 +96,71 @@ def read_questions(file: Path) -> list[Question]:
     return found
 
 
-def read_answers(file: Path) -> dict[tuple[str, int, int], str]:
-    """Answers by item, image and question, in lower case. Raises `EvaluationError`."""
-    found = {}
+def by_item(questions: Sequence[Question]) -> dict[str, list[Question]]:
+    """The questions of each item, in order."""
+    items: dict[str, list[Question]] = {}
+    for question in questions:
+        items.setdefault(question.item, []).append(question)
+    return items
+
+
+def read_answers(file: Path) -> Answers:
+    """The answers of a file, in lower case. Raises `EvaluationError`, also if they are of several viewers."""
+    given, viewers = {}, set()
     for number, row in enumerate(_rows(file, COLUMNS), start=2):
         try:
             key = row["item"], int(row["image"]), int(row["question"])
         except ValueError as error:
             raise EvaluationError(f"{file}:{number}: image and question are whole numbers: {error}") from error
-        found[key] = row["answer"].strip().lower()
+        given[key] = row["answer"].strip().lower()
+        viewers.add(row.get(VIEWER) or "unnamed")
+    if len(viewers) != 1:
+        raise EvaluationError(f"{file} must hold the answers of one viewer, got {' and '.join(sorted(viewers)) or 'none'}")
+    return Answers(viewers.pop(), given)
+
+
+def read_pictures(folder: Path) -> dict[str, Callable[[int], Image]]:
+    """What opens picture 0 to 3 of each item. Raises `EvaluationError`, `PromptError` or `ImageError`."""
+    if not has_layout(folder):
+        return {path.stem: partial(_quarter_of, path) for path in find_images(folder)}
+    found: dict[str, Callable[[int], Image]] = {}
+    for prompt, files in read_layout(folder):
+        if len(files) != PICTURES or prompt.tag in found:
+            raise EvaluationError(f"{folder}: every item needs one folder of {PICTURES} pictures; {prompt.tag} has {len(files)}")
+        found[prompt.tag] = partial(_picture_of, files)
     return found
 
 
-def ask(grids: Path, questions: Sequence[Question], viewer: Viewer, file: Path, *, progress: Progress | None = None) -> None:
-    """Ask `viewer` what `file` does not answer yet, and add its answers there, a picture's at a time."""
-    known = read_answers(file) if file.is_file() else {}
-    texts = _by_item(questions)
-    paths = {path.stem: path for path in find_images(grids)}
-    _check_grids(grids, paths, texts)
-    todo = [
-        (item, image) for item in paths for image in range(PICTURES)
+def unanswered(pictures: Iterable[str], questions: Sequence[Question], answers: Answers | None) -> list[tuple[str, int]]:
+    """The items and images about which a question is open. Raises `EvaluationError` for an item without questions."""
+    texts = by_item(questions)
+    strange = next((item for item in pictures if item not in texts), None)
+    if strange is not None:
+        raise EvaluationError(
+            f"there are no questions to {strange!r}; pictures are called as their item, {next(iter(texts))} ..."
+        )
+    known = answers.given if answers is not None else {}
+    return [
+        (item, image) for item in pictures for image in range(PICTURES)
         if any((item, image, question.number) not in known for question in texts[item])
     ]  # fmt: skip
+
+
+def ask(folder: Path, questions: Sequence[Question], viewer: Viewer, file: Path, *, progress: Progress | None = None) -> None:
+    """Ask `viewer` what `file` does not answer yet, and add its answers there, a picture's at a time."""
+    known = read_answers(file) if file.is_file() else None
+    if known is not None and known.viewer != viewer.name:
+        raise EvaluationError(f"{file} holds the answers of {known.viewer}, not of {viewer.name}; choose another file")
+    texts, pictures = by_item(questions), read_pictures(folder)
+    todo = unanswered(pictures, questions, known)
     with file.open("a", encoding="utf-8", newline="") as out:
         writer = csv.writer(out, lineterminator="\n")
-        if not known:
-            writer.writerow(COLUMNS)
+        if known is None:
+            writer.writerow((*COLUMNS, VIEWER))
         for done, (item, image) in enumerate(todo, start=1):
-            picture = quarter(open_image(paths[item]), image)
-            new = [question for question in texts[item] if (item, image, question.number) not in known]
-            writer.writerows([(item, image, question.number, viewer(picture, question.text)) for question in new])
+            picture = pictures[item](image)
+            new = [question for question in texts[item] if known is None or (item, image, question.number) not in known.given]
+            writer.writerows([(item, image, question.number, viewer(picture, question.text), viewer.name) for question in new])
             out.flush()
             if progress is not None:
                 progress(done, len(todo), "asking about pictures")
@@ -125,8 +168,8 @@ def ask(grids: Path, questions: Sequence[Question], viewer: Viewer, file: Path, 
 
 def score(questions: Sequence[Question], answers: Answers, mode: Mode = "fixed") -> DpgResult:
     """The scores of all items that have answers. Raises `EvaluationError` if an answer of one of these is missing."""
-    items = _by_item(questions[1:] if mode == "official" else questions)
-    answered = {item for item, _, _ in answers}
+    items = by_item(questions[1:] if mode == "official" else questions)
+    answered = {item for item, _, _ in answers.given}
     if not answered & set(items):
         raise EvaluationError("there is no answer to any of the questions")
     prompts = []
@@ -169,12 +212,27 @@ def join(pictures: Sequence[Image]) -> Image:
     return grid
 
 
-def read_texts(folder: Path) -> dict[str, str]:
-    """The prompts of a folder by item, in order of name. Raises `EvaluationError` if there is none."""
+def write_grids(folder: Path, out: Path) -> None:
+    """The pictures of a folder as grids ITEM.png, which the published script reads."""
+    out.mkdir(parents=True, exist_ok=True)
+    for item, picture in read_pictures(folder).items():
+        join([picture(index) for index in range(PICTURES)]).save(out / f"{item}.png")
+
+
+def read_texts(folder: Path) -> list[Prompt]:
+    """The prompts of a folder, in order of name, tagged with their item. Raises `EvaluationError` if there is none."""
     files = sorted(folder.glob("*.txt"))
     if not files:
         raise EvaluationError(f"{folder} holds no prompts ITEM.txt")
-    return {file.stem: file.read_text(encoding="utf-8").strip() for file in files}
+    return [Prompt(tag=file.stem, prompt=file.read_text(encoding="utf-8").strip()) for file in files]
+
+
+def _quarter_of(grid: Path, index: int) -> Image:
+    return quarter(open_image(grid), index)
+
+
+def _picture_of(files: Sequence[Path], index: int) -> Image:
+    return open_image(files[index])
 
 
 def _rows(file: Path, needed: Sequence[str]) -> Iterator[dict[str, str]]:
@@ -200,24 +258,11 @@ def _question(row: Mapping[str, str], where: str) -> Question:
         raise EvaluationError(f"{where} is no question: {str(error).splitlines()[0]}") from error
 
 
-def _by_item(questions: Sequence[Question]) -> dict[str, list[Question]]:
-    items: dict[str, list[Question]] = {}
-    for question in questions:
-        items.setdefault(question.item, []).append(question)
-    return items
-
-
-def _check_grids(grids: Path, paths: Mapping[str, Path], texts: Mapping[str, object]) -> None:
-    strange = next((path for item, path in paths.items() if item not in texts), None)
-    if strange is not None:
-        raise EvaluationError(f"there are no questions to {strange}; grids in {grids} are called as their item, ITEM.png")
-
-
 def _answer(answers: Answers, item: str, image: int, question: Question) -> str:
     key = (item, image, question.number)
-    if key not in answers:
+    if key not in answers.given:
         raise EvaluationError(f"question {question.number} about picture {image} of {item} has no answer")
-    return answers[key]
+    return answers.given[key]
 
 
 def _counted(asked: Sequence[Question], plain: Mapping[int, float]) -> dict[int, float]:

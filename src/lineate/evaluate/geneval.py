@@ -87,10 +87,9 @@ def kept(prompt: Prompt, objects: Sequence[Found]) -> list[Found]:
 
 def detect(folder: Path, file: Path, detector: Detector, color_of: ColorClassifier, *, progress: Progress | None = None) -> None:
     """Look at every picture of a folder that `file` does not have yet, and add a line for each."""
-    prompts = read_layout(folder)
     known = read_detections(file) if file.is_file() else {}
     _check_detector(known, file, detector.name)
-    todo = [(prompt, path) for prompt, paths in prompts for path in paths if _name(folder, path) not in known]
+    todo = unseen(folder, known)
     with file.open("a", encoding="utf-8") as out:
         for done, (prompt, path) in enumerate(todo, start=1):
             objects = look(prompt, open_image(path), detector, color_of)
@@ -99,6 +98,12 @@ def detect(folder: Path, file: Path, detector: Detector, color_of: ColorClassifi
             out.flush()
             if progress is not None:
                 progress(done, len(todo), "looking at pictures")
+
+
+def unseen(folder: Path, known: Mapping[str, Detections]) -> list[tuple[Prompt, Path]]:
+    """The pictures of a folder that have no detections, with their prompts."""
+    layout = read_layout(folder)
+    return [(prompt, path) for prompt, paths in layout for path in paths if _name(folder, path) not in known]
 
 
 def look(prompt: Prompt, picture: Image, detector: Detector, color_of: ColorClassifier) -> list[Found]:

@@ -72,7 +72,8 @@ def score(folder: Path, world: World) -> tuple[list[Judged], list[Judged]]:
 
     Raises `EvaluationError` or `PromptError`.
     """
-    correct, strict = [], []
+    correct: list[Judged] = []
+    strict: list[Judged] = []
     for prompt, files in read_layout(folder):
         pictures = [pil_to_tensor(open_image(file)) / 255 for file in files]
         odd = next((file for file, picture in zip(files, pictures, strict=True) if picture.shape[1:] != (world.side,) * 2), None)

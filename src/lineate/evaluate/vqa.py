@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from lineate.evaluate.detectors import load
 
@@ -21,8 +20,8 @@ VILT = "dandelin/vilt-b32-finetuned-vqa"
 class VqaViewer:
     """A model with a class an answer, and its processor."""
 
-    def __init__(self, model: nn.Module, processor: Any) -> None:
-        self.model, self.processor = model.eval(), processor
+    def __init__(self, model: Any, processor: Any, name: str) -> None:
+        self.model, self.processor, self.name = model.eval(), processor, f"hf:{name}"
 
     @torch.inference_mode()
     def __call__(self, picture: Image, question: str) -> str:
@@ -37,4 +36,4 @@ def load_viewer(name: str = VILT, device: torch.device | str = "cpu") -> VqaView
     """The ViLT called `name`, on the hub, in its cache, or in a directory. Raises `EvaluationError`."""
     from transformers import AutoProcessor, ViltForQuestionAnswering
 
-    return VqaViewer(load(ViltForQuestionAnswering, name).to(device), load(AutoProcessor, name))
+    return VqaViewer(load(ViltForQuestionAnswering, name).to(device), load(AutoProcessor, name), name)
