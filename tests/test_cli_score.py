@@ -16,7 +16,7 @@ from lineate.cli import app
 from lineate.evaluate.geneval import DETECTIONS, Detections
 from lineate.evaluate.rules import Found
 from lineate.prompts import read_prompts, sample_file, write_layout
-from lineate.shapes import WORLDS, benchmark, draw, scene_of
+from lineate.shapes import WORLDS, benchmark, draw, held_out, scene_of
 
 GRID = WORLDS["grid"]
 
@@ -74,10 +74,22 @@ def test_drawn_shapes_are_scored_and_compared(tmp_path: Path) -> None:
     assert figures["correct"]["difference"]["overall"]["p"] < 0.01
 
 
+def test_held_out_and_seen_prompts_make_up_all(tmp_path: Path) -> None:
+    made = drawn(tmp_path / "a", 20)
+    for part in ("all", "seen", "held-out"):
+        shown("shapes", made, "--part", part, "--out", tmp_path / f"{part}.json")
+    counts = {path.stem: json.loads(path.read_text())["strict"]["scores"]["prompts"] for path in tmp_path.glob("*.json")}
+    hidden = sum(held_out(GRID, prompt) for prompt in benchmark(GRID)[:20])
+    assert counts == {"all": 20, "seen": 20 - hidden, "held-out": hidden} and 0 < hidden < 20
+    assert "unknown part 'new'; choices: all, seen, held-out" in refused("shapes", made, "--part", "new")
+
+
 def test_bad_folders_of_shapes_are_one_line(tmp_path: Path) -> None:
     made = drawn(tmp_path / "a", 1)
     assert "unknown world 'cube'; choices: grid" in refused("shapes", made, "--world", "cube")
     assert "is not 64x64 px" in refused("shapes", made, "--world", "free64")
+    (made / "00000" / "metadata.jsonl").write_text('{"tag": "x", "include": [{"class": "cat", "count": 1}], "prompt": "a cat"}')
+    assert "'a cat' is no prompt of this world, whose shapes are circle" in refused("shapes", made)
     assert "holds no folders 00000" in refused("shapes", tmp_path / "nowhere")
     (made / "00019" / "metadata.jsonl").write_text(benchmark(GRID)[30].line())
     assert "not of the same prompts" in refused("shapes", made, "--against", drawn(tmp_path / "b", 1))

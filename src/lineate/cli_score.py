@@ -50,6 +50,7 @@ def prompts(
 def shapes(
     folder: Folder,
     world: Annotated[str, typer.Option(help="The world that the prompts are of: grid, free32 or free64.")] = "grid",
+    part: Annotated[str, typer.Option(help="Prompts to score: all, or those seen or held-out in training.")] = "all",
     against: Against = None, out: OutFile = None, overwrite: Overwrite = False,
 ) -> None:  # fmt: skip
     """Score pictures of drawn shapes, by rule and without a network: correct, and strictly so."""
@@ -60,12 +61,12 @@ def shapes(
     runs.check_file(out, overwrite)
     _check_same(folder, against)
     of = find_world(world)
-    scores = [score(path, of) for path in (folder, against) if path is not None]
+    scores = [score(path, of, part) for path in (folder, against) if path is not None]
     figures = {
-        name: _show(f"drawn shapes, {world}: {name}", [pair[which] for pair in scores])
+        name: _show(f"drawn shapes, {world}, {part}: {name}", [pair[which] for pair in scores])
         for which, name in enumerate(("correct", "strict"))
     }
-    _write(out, {"benchmark": f"shapes {world}", "folder": str(folder), "against": _text(against)} | figures)
+    _write(out, {"benchmark": f"shapes {world}", "part": part, "folder": str(folder), "against": _text(against)} | figures)
 
 
 def geneval(

@@ -147,7 +147,13 @@ def benchmark(world: World, most: int = 48, seed: int = 0) -> list[Prompt]:
 
 
 def held_out(world: World, prompt: Prompt) -> bool:
-    """Whether a prompt asks for what no training scene shows or no training caption says."""
+    """Whether a prompt asks for what no training scene shows or no training caption says.
+
+    Raises `ShapesError` for a prompt of another world.
+    """
+    strange = next((clause.kind for clause in prompt.include if clause.kind not in world.shapes), None)
+    if strange is not None or not prompt.include:
+        raise ShapesError(f"{prompt.prompt!r} is no prompt of this world, whose shapes are {', '.join(world.shapes)}")
     if any(clause.color is not None and clause.color == held_colour(world, clause.kind) for clause in prompt.include):
         return True
     named = [clause.kind for clause in prompt.include]

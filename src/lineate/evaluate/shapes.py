@@ -31,11 +31,12 @@ from lineate.evaluate.rules import Found, faults
 from lineate.evaluate.tally import Judged
 from lineate.images import open_image
 from lineate.prompts import Prompt, read_layout
-from lineate.shapes import COLOURS, World, stamp
+from lineate.shapes import COLOURS, World, held_out, stamp
 
 LEAST_AREA = 8
 LEAST_IOU = 0.5
 BLUR = 0.7  # σ in px
+PARTS = {"all": (False, True), "seen": (False,), "held-out": (True,)}  # whether their prompts are held out of training
 UNKNOWN = "unknown"  # an object that is like no stamp
 _CHUNK = 32_000_000  # numbers at a time while stamps are compared
 _CODES = {4 * r + 2 * g + b: name for name, (r, g, b) in COLOURS.items()}
@@ -67,14 +68,19 @@ def judge(prompt: Prompt, found: Sequence[Found]) -> tuple[bool, bool]:
     return correct, correct and len(found) == sum(clause.count for clause in prompt.include)
 
 
-def score(folder: Path, world: World) -> tuple[list[Judged], list[Judged]]:
+def score(folder: Path, world: World, part: str = "all") -> tuple[list[Judged], list[Judged]]:
     """Each prompt of a folder of pictures with the scores of its pictures, and again with the strict ones.
 
-    Raises `EvaluationError` or `PromptError`.
+    `part` is one of `PARTS`: all prompts, or those that training held out, or those that it did not. Raises `EvaluationError`,
+    `PromptError`, or `ShapesError` for prompts of another world.
     """
+    if part not in PARTS:
+        raise EvaluationError(f"unknown part {part!r}; choices: {', '.join(PARTS)}")
     correct: list[Judged] = []
     strict: list[Judged] = []
     for prompt, files in read_layout(folder):
+        if held_out(world, prompt) not in PARTS[part]:
+            continue
         pictures = [pil_to_tensor(open_image(file)) / 255 for file in files]
         odd = next((file for file, picture in zip(files, pictures, strict=True) if picture.shape[1:] != (world.side,) * 2), None)
         if odd is not None:
