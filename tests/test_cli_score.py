@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ from typer.testing import CliRunner
 
 from lineate.cli import app
 from lineate.evaluate.geneval import DETECTIONS, Detections
+from lineate.evaluate.geneval_prompts import COLORS, geneval_prompts
 from lineate.evaluate.rules import Found
-from lineate.prompts import read_prompts, sample_file, write_layout
+from lineate.prompts import Clause, Prompt, read_prompts, sample_file, write_layout
 from lineate.shapes import WORLDS, benchmark, draw, held_out, scene_of
 
+from .eyes import clip, mask2former, vilt
+
 GRID = WORLDS["grid"]
+HEADER = "item_id,proposition_id,dependency,category_broad,category_detailed,question_natural_language\n"
 
 
 def call(*arguments: Any) -> Any:
@@ -98,8 +103,6 @@ def test_bad_folders_of_shapes_are_one_line(tmp_path: Path) -> None:
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
     """One picture each of GenEval's first two prompts, a bench and ..., with what was found in them: the bench alone."""
-    from lineate.evaluate.geneval_prompts import geneval_prompts
-
     out, prompts = tmp_path / "made", geneval_prompts()[:2]
     write_layout(prompts, out)
     lines = []
@@ -126,9 +129,8 @@ def test_geneval_is_scored_from_detections_without_weights(photographs: Path, tm
 
 def test_dpg_is_scored_from_answers_without_weights(tmp_path: Path) -> None:
     questions, answers, grids = tmp_path / "questions.csv", tmp_path / "answers.csv", tmp_path / "grids"
-    header = "item_id,proposition_id,dependency,category_broad,category_detailed,question_natural_language\n"
     questions.write_text(
-        header + "a,1,0,entity,whole,Is there a cat?\na,2,1,attribute,color,Is it red?\nb,1,0,entity,whole,A dog?\n"
+        HEADER + "a,1,0,entity,whole,Is there a cat?\na,2,1,attribute,color,Is it red?\nb,1,0,entity,whole,A dog?\n"
     )
     grids.mkdir()
     for item in "ab":
@@ -147,3 +149,38 @@ def test_dpg_is_scored_from_answers_without_weights(tmp_path: Path) -> None:
     answers.write_text("\n".join(answers.read_text().splitlines()[:-1]) + "\n")
     missing = refused("dpg", grids, "--questions", questions, "--answers", answers, "--vqa", tmp_path)
     assert f"cannot get {tmp_path}: " in missing
+
+
+def test_models_in_directories_look_at_the_pictures_once(tmp_path: Path) -> None:
+    """The whole way with transformers' own loading; random weights, made sure of a person here and of yes there."""
+    network, (colors, tokenizer, processor) = mask2former(), clip()
+    network.class_predictor.bias.data[0] = 100
+    network.save_pretrained(tmp_path / "eyes")
+    for part in (colors, tokenizer, processor):
+        part.save_pretrained(tmp_path / "clip")
+    person = Clause(kind="person", count=1)
+    prompts = [
+        Prompt(tag="single_object", include=(person,), prompt="a person"),
+        Prompt(tag="colors", include=(person.model_copy(update={"color": "red"}),), prompt="a red person"),
+    ]
+    write_layout(prompts, tmp_path / "made")
+    for index in range(2):
+        Image.effect_noise((40, 40), 90).convert("RGB").save(sample_file(tmp_path / "made", index, 0))
+    options = ("--detector", tmp_path / "eyes", "--clip", tmp_path / "clip")
+    assert f"detector=hf:{tmp_path / 'eyes'}" in "".join(shown("geneval", tmp_path / "made", *options).split(" "))
+    found = [Detections.model_validate_json(line) for line in (tmp_path / "made" / DETECTIONS).read_text().splitlines()]
+    assert [one.objects[0].kind for one in found] == ["person"] * 2
+    assert found[0].objects[0].color is None and found[1].objects[0].color in COLORS
+    shutil.rmtree(tmp_path / "eyes")
+    shown("geneval", tmp_path / "made", *options)
+
+    model, processor = vilt()
+    model.classifier[-1].bias.data[1] = 100
+    model.save_pretrained(tmp_path / "vilt")
+    processor.save_pretrained(tmp_path / "vilt")
+    (tmp_path / "questions.csv").write_text(f"{HEADER}a,1,0,entity,whole,Is there a dog?\nb,1,0,entity,whole,A dog?\n")
+    (tmp_path / "grids").mkdir()
+    for item in "ab":
+        Image.new("RGB", (64, 64)).save(tmp_path / "grids" / f"{item}.png")
+    said = shown("dpg", tmp_path / "grids", "--questions", tmp_path / "questions.csv", "--vqa", tmp_path / "vilt")
+    assert "entity: 100.00" in said

@@ -13,6 +13,8 @@ from lineate.evaluate import EvaluationError, dpg
 from lineate.evaluate.tally import tally
 from lineate.prompts import sample_file, write_layout
 
+from .eyes import vilt
+
 QUESTIONS = """item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language
 a,A,,1,0,entity,entity - whole,x,Is there a cat?
 a,A,,2,1,attribute,attribute - color,x,Is the cat red?
@@ -163,19 +165,11 @@ def test_bad_input_is_named(graph: Path, grids: Path, tmp_path: Path) -> None:
         dpg.read_texts(grids)
 
 
-def test_vilt_answers_with_its_likeliest_label(tmp_path: Path) -> None:
-    from transformers import BertTokenizer, ViltConfig, ViltForQuestionAnswering, ViltImageProcessor, ViltProcessor
-
+def test_vilt_answers_with_its_likeliest_label() -> None:
     from lineate.evaluate.vqa import VqaViewer
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "is", "there", "a", "dog", "?"]
-    tokenizer: Any = BertTokenizer(vocab={word: index for index, word in enumerate(words)}, model_max_length=6)
-    config = ViltConfig(
-        vocab_size=len(words), max_position_embeddings=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=8, image_size=32, patch_size=16, id2label={0: "no", 1: "yes", 2: "red"},
-    )  # fmt: skip
-    model = ViltForQuestionAnswering(config)
-    viewer = VqaViewer(model, ViltProcessor(ViltImageProcessor(size={"shortest_edge": 32}, size_divisor=16), tokenizer), "tiny")
+    model, processor = vilt()
+    viewer = VqaViewer(model, processor, "tiny")
     model.classifier[-1].bias.data[1] = 100.0
     assert viewer(Image.new("RGB", (40, 32)), "is there a dog ? is there a dog ?") == "yes"
     model.classifier[-1].bias.data[2] = 200.0

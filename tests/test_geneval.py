@@ -27,6 +27,8 @@ from lineate.prompts import (
     write_prompts,
 )
 
+from .eyes import clip, mask2former
+
 
 def clause(kind: str, count: int = 1, **more: Any) -> Clause:
     return Clause(kind=kind, count=count, **more)
@@ -211,18 +213,9 @@ def test_a_position_names_an_earlier_clause() -> None:
 
 @pytest.fixture(scope="module")
 def detector() -> Any:
-    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
-
     from lineate.evaluate.detectors import Mask2FormerDetector
 
-    torch.manual_seed(0)
-    swin = SwinConfig(embed_dim=4, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
-                      out_features=["stage1", "stage2", "stage3", "stage4"])  # fmt: skip
-    config = Mask2FormerConfig(
-        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=8, encoder_layers=1,
-        decoder_layers=2, num_attention_heads=2, dim_feedforward=8, num_queries=6, num_labels=80,
-    )  # fmt: skip
-    return Mask2FormerDetector(Mask2FormerForUniversalSegmentation(config), "tiny", short=40, long=64)
+    return Mask2FormerDetector(mask2former(), "tiny", short=40, long=64)
 
 
 def test_mask2former_gives_the_likeliest_with_boxes_of_their_masks(detector: Any) -> None:
@@ -269,19 +262,9 @@ def test_an_object_is_cut_out_on_grey() -> None:
 
 
 def test_clip_names_the_colour_whose_sentences_are_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
-
     from lineate.evaluate.detectors import ClipColors
 
-    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 8}
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + ["-"]
-    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    tokenizer = CLIPTokenizer(vocab={token: index for index, token in enumerate(vocabulary)}, merges=[])
-    text = CLIPTextConfig(**small, vocab_size=len(vocabulary), max_position_embeddings=64, bos_token_id=0, eos_token_id=1)
-    vision = CLIPVisionConfig(**small, image_size=16, patch_size=8)
-    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)
-    processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    colors = ClipColors(CLIPModel(config), tokenizer, processor)
+    colors = ClipColors(*clip())
     picture, cat = Image.effect_noise((20, 20), 90).convert("RGB"), Sighting(Found(kind="cat", box=(2, 2, 18, 18), score=1))
     assert colors(picture, cat) in COLORS
     vectors = colors._colors("cat")

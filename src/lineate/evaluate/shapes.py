@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
 from lineate.evaluate import EvaluationError
 from lineate.evaluate.rules import Found, faults
@@ -74,6 +73,8 @@ def score(folder: Path, world: World, part: str = "all") -> tuple[list[Judged], 
     `part` is one of `PARTS`: all prompts, or those that training held out, or those that it did not. Raises `EvaluationError`,
     `PromptError`, or `ShapesError` for prompts of another world.
     """
+    from torchvision.transforms.functional import pil_to_tensor
+
     if part not in PARTS:
         raise EvaluationError(f"unknown part {part!r}; choices: {', '.join(PARTS)}")
     correct: list[Judged] = []
