@@ -40,10 +40,14 @@ def _error(v: Tensor, loss: InnerLoss, predict: Callable[[], Tensor]) -> Tensor:
     return predict() - v if loss == "l2" else -v
 
 
-def _silu_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
+def _silu(z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """silu(z), and g -> g ⊙ silu'(z): fused where nothing can be differentiated through it."""
+    if not torch.is_grad_enabled():
+        return F.silu(z), lambda g: torch.ops.aten.silu_backward(g, z)
     sigmoid = torch.sigmoid(z)
     silu = z * sigmoid
-    return silu, torch.addcmul(sigmoid, silu, 1 - sigmoid)
+    slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
+    return silu, lambda g: g * slope
 
 
 def _gate(x: Tensor, w: Weights) -> Tensor:
@@ -52,9 +56,9 @@ def _gate(x: Tensor, w: Weights) -> Tensor:
 
 def _gate_gradients(k: Tensor, v: Tensor, w: Weights, loss: InnerLoss) -> tuple[Tensor, ...]:
     z2 = k @ w[1]
-    silu, slope = _silu_and_slope(k @ w[0])
+    silu, back = _silu(k @ w[0])
     e = _error(v, loss, lambda: silu * z2)
-    return k.mT @ (e * z2 * slope), k.mT @ (e * silu)
+    return k.mT @ back(e * z2), k.mT @ (e * silu)
 
 
 def _two_layer(x: Tensor, w: Weights) -> Tensor:
@@ -62,9 +66,9 @@ def _two_layer(x: Tensor, w: Weights) -> Tensor:
 
 
 def _two_layer_gradients(k: Tensor, v: Tensor, w: Weights, loss: InnerLoss) -> tuple[Tensor, ...]:
-    silu, slope = _silu_and_slope(k @ w[0])
+    silu, back = _silu(k @ w[0])
     e = _error(v, loss, lambda: silu @ w[1])
-    return k.mT @ ((e @ w[1].mT) * slope), silu.mT @ e
+    return k.mT @ back(e @ w[1].mT), silu.mT @ e
 
 
 def _three_layer(x: Tensor, w: Weights) -> Tensor:
@@ -72,11 +76,11 @@ def _three_layer(x: Tensor, w: Weights) -> Tensor:
 
 
 def _three_layer_gradients(k: Tensor, v: Tensor, w: Weights, loss: InnerLoss) -> tuple[Tensor, ...]:
-    silu1, slope1 = _silu_and_slope(k @ w[0])
-    silu2, slope2 = _silu_and_slope(silu1 @ w[1])
+    silu1, back1 = _silu(k @ w[0])
+    silu2, back2 = _silu(silu1 @ w[1])
     e = _error(v, loss, lambda: silu2 @ w[2])
-    u2 = (e @ w[2].mT) * slope2
-    u1 = (u2 @ w[1].mT) * slope1
+    u2 = back2(e @ w[2].mT)
+    u1 = back1(u2 @ w[1].mT)
     return k.mT @ u1, silu1.mT @ u2, silu2.mT @ e
 
 
@@ -86,11 +90,11 @@ def _swiglu(x: Tensor, w: Weights) -> Tensor:
 
 def _swiglu_gradients(k: Tensor, v: Tensor, w: Weights, loss: InnerLoss) -> tuple[Tensor, ...]:
     z2 = k @ w[1]
-    silu, slope = _silu_and_slope(k @ w[0])
+    silu, back = _silu(k @ w[0])
     hidden = silu * z2
     e = _error(v, loss, lambda: hidden @ w[2])
     u = e @ w[2].mT
-    return k.mT @ (u * z2 * slope), k.mT @ (u * silu), hidden.mT @ e
+    return k.mT @ back(u * z2), k.mT @ (u * silu), hidden.mT @ e
 
 
 @dataclass(frozen=True)

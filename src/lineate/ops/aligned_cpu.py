@@ -1,0 +1,216 @@
+"""`aligned_ttt` on a CPU, in pieces: some rows of the grid at a time, few enough that all between two sums stays in cache.
+
+    statistics   mean k, var k       each piece about its own mean, joined exactly (Chan, Golub and LeVeque, 1979)
+    learn        G = Σ ∂(L/c)/∂W (k̂, v)   over the pieces;   W' = W - c·G
+    answer       o = f_W'(q̂)         piece by piece, laid out as the output projection reads it
+
+A piece is read out of the projection with the row above it and the row below, normed in that same pass, and convolved with the
+residual in the centre tap, x + DWC(x) = DWC'(x). Half precision is computed in fp32, piece by piece. Each of the three is
+differentiated by hand over the pieces, and within a piece by autograd, which goes through it once more: nothing is kept that
+grows with N but q, k and v themselves.
+
+Legend: B batch, H heads, N tokens, D head dim, C = H·D channels, h×w grid; n tokens of a piece, m tokens that it reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise, product
+from types import EllipsisType
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from lineate.ops.aligned_eager import Setting
+from lineate.ops.precision import wide
+from lineate.ops.ttt import INNER
+
+TOKENS = 512  # about so many in a piece
+Gradients = tuple[Tensor | None, ...]
+T = TypeVar("T")
+Index = int | tuple[int | slice, ...] | EllipsisType
+
+
+class Piece(NamedTuple):
+    """Some tokens: where they are in (B, N, H, D), where all that they read is, and how many zeros stand before and behind that.
+
+    `zeros` is None where nothing is convolved.
+    """
+
+    sample: int
+    own: tuple[int, slice]
+    near: tuple[int, slice]
+    zeros: tuple[int, int] | None
+
+
+def _pieces(shape: torch.Size, setting: Setting, convolved: bool) -> Iterator[Piece]:
+    """All tokens of (B, N, H, D): whole rows of the grid where it is convolved, the tokens before and after it by themselves."""
+    (batch, tokens, _, _), width = shape, setting.width
+    first, last = (setting.first, setting.first + setting.height * width) if convolved else (tokens, tokens)
+    rows = max(1, TOKENS // width) * width
+    cuts = [*range(0, first, TOKENS), *range(first, last, rows), *range(last, tokens, TOKENS), tokens]
+    for b, (start, stop) in product(range(batch), list(pairwise(cuts))):
+        if first <= start < last:
+            low, high = max(start - width, first), min(stop + width, last)
+            zeros = (low - start + width, stop + width - high)
+            yield Piece(b, (b, slice(start, stop)), (b, slice(low, high)), zeros)
+        else:
+            yield Piece(b, (b, slice(start, stop)), (b, slice(start, stop)), None)
+
+
+def _convolve(x: Tensor, piece: Piece, width: int, kernel: Sequence[Tensor]) -> Tensor:
+    """DWC' of what a piece reads: (m, H, D) -> (H, n, D)."""
+    if piece.zeros is not None:
+        _, heads, dim = x.shape
+        padded = F.pad(x, (0, 0, 0, 0, *piece.zeros)) if any(piece.zeros) else x.contiguous()
+        image = padded.view(1, -1, width, heads * dim).permute(0, 3, 1, 2)
+        out = F.conv2d(image, *kernel, padding=(0, 1), groups=heads * dim)
+        x = out.permute(0, 2, 3, 1).reshape(-1, heads, dim)
+    return x.transpose(0, 1)
+
+
+def _split(parameters: Sequence[T], setting: Setting) -> tuple[Sequence[T], Sequence[T]]:
+    """What belongs to the kernel, if there is one, and to the inner model's matrices."""
+    matrices = INNER[setting.model].matrices
+    return parameters[:-matrices], parameters[-matrices:]
+
+
+def _learn(
+    k: Tensor, v: Tensor, norm: Tensor | None, parameters: Sequence[Tensor], piece: Piece, setting: Setting
+) -> tuple[Tensor, ...]:
+    """A piece's part of G, (H, D, D) each, from k (m, H, D), v (n, H, D), norm (2, H, D), and the kernel and weights."""
+    kernel, weights = _split(parameters, setting)
+    normed = k if norm is None else torch.addcmul(norm[0], k, norm[1])
+    x = _convolve(normed, piece, setting.width, kernel)
+    return INNER[setting.model].gradients(x, v.transpose(0, 1), weights, setting.loss)
+
+
+def _answer(q: Tensor, parameters: Sequence[Tensor], piece: Piece, setting: Setting) -> Tensor:
+    """A piece's part of o, (n, H, D), from q (m, H, D), and the kernel and fitted weights."""
+    kernel, fitted = _split(parameters, setting)
+    return INNER[setting.model].apply(_convolve(q, piece, setting.width, kernel), fitted).transpose(0, 1)
+
+
+def _buffers(ctx: Any) -> list[Tensor | None]:
+    """Zeros to add up gradients in, one for each input that needs one; the first, which is no tensor, does not."""
+    inputs = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+    return [torch.zeros_like(wide(x), memory_format=torch.contiguous_format) if need else None for x, need in inputs]
+
+
+def _leaf(x: Tensor, grad: Tensor | None, index: Index = ...) -> Tensor:
+    """x[index] for autograd to differentiate by; what it finds is added to grad[index]."""
+    leaf = wide(x[index].detach()).requires_grad_(grad is not None)
+    leaf.grad = None if grad is None else grad[index]
+    return leaf
+
+
+class _Statistics(Function):
+    """ε, k (B, N, H, D) -> the key norm as offset -mean·r and scale r = 1/√(var + ε), (B, 2, H, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, eps: float, k: Tensor) -> Tensor:
+        sizes, means, squares = [], [], []
+        for part in k.split(TOKENS, dim=1):
+            x = wide(part)
+            sizes.append(x.shape[1])
+            means.append(x.mean(dim=1))
+            squares.append((x - means[-1].unsqueeze(1)).square_().sum(dim=1))
+        mean = torch.stack(means)
+        share = torch.tensor(sizes, dtype=mean.dtype).view(-1, 1, 1, 1) / k.shape[1]
+        centre = (share * mean).sum(dim=0)
+        variance = torch.stack(squares).sum(dim=0) / k.shape[1] + (share * (mean - centre).square()).sum(dim=0)
+        scale = (variance + eps).rsqrt()
+        norm = torch.stack((-centre * scale, scale), dim=1)
+        ctx.save_for_backward(k, norm)
+        return norm
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        """∂L/∂k = -(r·∂L/∂offset + r²·ρ·y)/N with y = offset + r·k and ρ = ∂L/∂scale + ∂L/∂offset·offset/r."""
+        k, norm = ctx.saved_tensors
+        (offset, scale), (d_offset, d_scale) = norm.unbind(1), grad.unbind(1)
+        slope = -scale.square() * (d_scale + d_offset * offset / scale) / k.shape[1]
+        level = slope * offset - d_offset * scale / k.shape[1]
+        return None, torch.addcmul(level.unsqueeze(1), k, (slope * scale).unsqueeze(1))
+
+
+class _Learn(Function):
+    """Setting, k, v (B, N, H, D), norm or None, kernel and weights -> G, (B, H, D, D) each."""
+
+    @staticmethod
+    def forward(ctx: Any, setting: Setting, k: Tensor, v: Tensor, norm: Tensor | None, *parameters: Tensor) -> tuple[Tensor, ...]:
+        kernel, weights = _split(parameters, setting)
+        sums = tuple(w.new_zeros(len(k), *w.shape) for w in weights)
+        for piece in _pieces(k.shape, setting, bool(kernel)):
+            sample = None if norm is None else norm[piece.sample]
+            parts = _learn(wide(k[piece.near]), wide(v[piece.own]), sample, parameters, piece, setting)
+            for total, part in zip(sums, parts, strict=True):
+                total[piece.sample] += part
+        ctx.setting = setting
+        ctx.save_for_backward(k, v, norm, *parameters)
+        return sums
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> Gradients:
+        setting, (k, v, norm, *parameters) = ctx.setting, ctx.saved_tensors
+        dk, dv, dnorm, *others = buffers = _buffers(ctx)
+        leaves = [_leaf(x, grad) for x, grad in zip(parameters, others, strict=True)]
+        for piece in _pieces(k.shape, setting, len(leaves) > len(grads)):
+            sample = None if norm is None else _leaf(norm, dnorm, piece.sample)
+            with torch.enable_grad():
+                parts = _learn(_leaf(k, dk, piece.near), _leaf(v, dv, piece.own), sample, leaves, piece, setting)
+            torch.autograd.backward(parts, [grad[piece.sample] for grad in grads])
+        return None, *buffers
+
+
+class _Answer(Function):
+    """Setting, q (B, N, H, D), kernel and fitted weights (B, H, D, D) -> o (B, N, H, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, setting: Setting, q: Tensor, *parameters: Tensor) -> Tensor:
+        kernel, fitted = _split(parameters, setting)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for piece in _pieces(q.shape, setting, bool(kernel)):
+            out[piece.own] = _answer(wide(q[piece.near]), (*kernel, *(w[piece.sample] for w in fitted)), piece, setting)
+        ctx.setting = setting
+        ctx.save_for_backward(q, *parameters)
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        setting, (q, *parameters) = ctx.setting, ctx.saved_tensors
+        dq, *others = buffers = _buffers(ctx)
+        kernel, fitted = _split(list(zip(parameters, others, strict=True)), setting)
+        for piece in _pieces(q.shape, setting, bool(kernel)):
+            leaves = [*(_leaf(x, g) for x, g in kernel), *(_leaf(w, g, piece.sample) for w, g in fitted)]
+            with torch.enable_grad():
+                out = _answer(_leaf(q, dq, piece.near), leaves, piece, setting)
+            out.backward(wide(grad[piece.own]))
+        return None, *buffers
+
+
+def _kernel(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of x + DWC(x)."""
+    return wide(weight) + F.pad(wide(weight.new_ones(1, 1)), (1, 1, 1, 1)), wide(bias)
+
+
+def by_pieces(
+    q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], convolutions: Sequence[Tensor] | None, setting: Setting
+) -> Tensor:
+    """As `aligned_ttt`, on a CPU."""
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        start = [wide(w) for w in weights]
+        q_kernel, k_kernel = ((), ()) if convolutions is None else (_kernel(*convolutions[:2]), _kernel(*convolutions[2:]))
+        norm = None if setting.eps is None else _Statistics.apply(setting.eps, k)
+        gradients = _Learn.apply(setting, k, v, norm, *k_kernel, *start)
+        fitted = [torch.add(w, g, alpha=-(q.shape[-1] ** -0.5) / q.shape[1]) for w, g in zip(start, gradients, strict=True)]
+        out: Tensor = _Answer.apply(setting, q, *q_kernel, *fitted)
+        return out.transpose(1, 2)
