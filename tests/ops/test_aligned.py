@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from itertools import product
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from lineate.layout import TokenLayout
-from lineate.ops import aligned, aligned_cpu
-from lineate.ops.aligned import aligned_ttt
+from lineate.ops import aligned_cpu
 from lineate.ops.aligned_eager import Backend, Setting, by_eager
 from lineate.ops.ttt import INNER, InnerLoss, InnerModel
 

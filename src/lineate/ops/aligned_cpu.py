@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from lineate.ops.aligned_eager import Setting
 from lineate.ops.precision import wide
 from lineate.ops.ttt import INNER
+from lineate.ops.ttt_backward import PULLBACK
 
 TOKENS = 512  # about so many in a piece
 Gradients = tuple[Tensor | None, ...]
@@ -62,13 +63,14 @@ def _pieces(shape: torch.Size, setting: Setting, convolved: bool) -> Iterator[Pi
             yield Piece(b, (b, slice(start, stop)), (b, slice(start, stop)), None)
 
 
-def _convolve(x: Tensor, piece: Piece, width: int, kernel: Sequence[Tensor]) -> Tensor:
-    """DWC' of what a piece reads: (m, H, D) -> (H, n, D)."""
+def _see(x: Tensor, norm: Tensor | None, kernel: Sequence[Tensor], piece: Piece, width: int) -> Tensor:
+    """A piece's q̂ or k̂, (H, n, D), from what it reads (m, H, D); norm (2, H, D)."""
+    x = x if norm is None else torch.addcmul(norm[0], x, norm[1])
     if piece.zeros is not None:
-        _, heads, dim = x.shape
+        (_, heads, dim), (weight, bias) = x.shape, kernel
         padded = F.pad(x, (0, 0, 0, 0, *piece.zeros)) if any(piece.zeros) else x.contiguous()
         image = padded.view(1, -1, width, heads * dim).permute(0, 3, 1, 2)
-        out = F.conv2d(image, *kernel, padding=(0, 1), groups=heads * dim)
+        out = F.conv2d(image, weight, bias, padding=(0, 1), groups=heads * dim)
         x = out.permute(0, 2, 3, 1).reshape(-1, heads, dim)
     return x.transpose(0, 1)
 
@@ -77,22 +79,6 @@ def _split(parameters: Sequence[T], setting: Setting) -> tuple[Sequence[T], Sequ
     """What belongs to the kernel, if there is one, and to the inner model's matrices."""
     matrices = INNER[setting.model].matrices
     return parameters[:-matrices], parameters[-matrices:]
-
-
-def _learn(
-    k: Tensor, v: Tensor, norm: Tensor | None, parameters: Sequence[Tensor], piece: Piece, setting: Setting
-) -> tuple[Tensor, ...]:
-    """A piece's part of G, (H, D, D) each, from k (m, H, D), v (n, H, D), norm (2, H, D), and the kernel and weights."""
-    kernel, weights = _split(parameters, setting)
-    normed = k if norm is None else torch.addcmul(norm[0], k, norm[1])
-    x = _convolve(normed, piece, setting.width, kernel)
-    return INNER[setting.model].gradients(x, v.transpose(0, 1), weights, setting.loss)
-
-
-def _answer(q: Tensor, parameters: Sequence[Tensor], piece: Piece, setting: Setting) -> Tensor:
-    """A piece's part of o, (n, H, D), from q (m, H, D), and the kernel and fitted weights."""
-    kernel, fitted = _split(parameters, setting)
-    return INNER[setting.model].apply(_convolve(q, piece, setting.width, kernel), fitted).transpose(0, 1)
 
 
 def _buffers(ctx: Any) -> list[Tensor | None]:
@@ -129,7 +115,7 @@ class _Statistics(Function):
         return norm
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Gradients:
         """∂L/∂k = -(r·∂L/∂offset + r²·ρ·y)/N with y = offset + r·k and ρ = ∂L/∂scale + ∂L/∂offset·offset/r."""
         k, norm = ctx.saved_tensors
@@ -148,24 +134,34 @@ class _Learn(Function):
         sums = tuple(w.new_zeros(len(k), *w.shape) for w in weights)
         for piece in _pieces(k.shape, setting, bool(kernel)):
             sample = None if norm is None else norm[piece.sample]
-            parts = _learn(wide(k[piece.near]), wide(v[piece.own]), sample, parameters, piece, setting)
-            for total, part in zip(sums, parts, strict=True):
+            keys = _see(wide(k[piece.near]), sample, kernel, piece, setting.width)
+            values = wide(v[piece.own]).transpose(0, 1)
+            for total, part in zip(sums, INNER[setting.model].gradients(keys, values, weights, setting.loss), strict=True):
                 total[piece.sample] += part
         ctx.setting = setting
         ctx.save_for_backward(k, v, norm, *parameters)
         return sums
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *grads: Tensor) -> Gradients:
+    @once_differentiable
+    def backward(ctx: Any, *gamma: Tensor) -> Gradients:
         setting, (k, v, norm, *parameters) = ctx.setting, ctx.saved_tensors
         dk, dv, dnorm, *others = buffers = _buffers(ctx)
-        leaves = [_leaf(x, grad) for x, grad in zip(parameters, others, strict=True)]
-        for piece in _pieces(k.shape, setting, len(leaves) > len(grads)):
+        (kernel, weights), (dkernel, dweights) = (_split(x, setting) for x in (parameters, others))
+        leaves = [_leaf(x, grad) for x, grad in zip(kernel, dkernel, strict=True)]
+        for piece in _pieces(k.shape, setting, bool(kernel)):
             sample = None if norm is None else _leaf(norm, dnorm, piece.sample)
             with torch.enable_grad():
-                parts = _learn(_leaf(k, dk, piece.near), _leaf(v, dv, piece.own), sample, leaves, piece, setting)
-            torch.autograd.backward(parts, [grad[piece.sample] for grad in grads])
+                keys = _see(_leaf(k, dk, piece.near), sample, leaves, piece, setting.width)
+            values, slopes = wide(v[piece.own]).transpose(0, 1), [g[piece.sample] for g in gamma]
+            to_keys, to_values, to_weights = PULLBACK[setting.model](keys.detach(), values, weights, setting.loss, slopes)
+            if keys.requires_grad:
+                keys.backward(to_keys)
+            if dv is not None:
+                dv[piece.own] = to_values.transpose(0, 1)
+            for total, part in zip(dweights, to_weights, strict=True):
+                if total is not None:
+                    total += part
         return None, *buffers
 
 
@@ -177,22 +173,25 @@ class _Answer(Function):
         kernel, fitted = _split(parameters, setting)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for piece in _pieces(q.shape, setting, bool(kernel)):
-            out[piece.own] = _answer(wide(q[piece.near]), (*kernel, *(w[piece.sample] for w in fitted)), piece, setting)
+            queries = _see(wide(q[piece.near]), None, kernel, piece, setting.width)
+            out[piece.own] = INNER[setting.model].apply(queries, [w[piece.sample] for w in fitted]).transpose(0, 1)
         ctx.setting = setting
         ctx.save_for_backward(q, *parameters)
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Gradients:
         setting, (q, *parameters) = ctx.setting, ctx.saved_tensors
         dq, *others = buffers = _buffers(ctx)
-        kernel, fitted = _split(list(zip(parameters, others, strict=True)), setting)
+        (kernel, fitted), (dkernel, dfitted) = (_split(x, setting) for x in (parameters, others))
+        leaves = [_leaf(x, g) for x, g in zip(kernel, dkernel, strict=True)]
         for piece in _pieces(q.shape, setting, bool(kernel)):
-            leaves = [*(_leaf(x, g) for x, g in kernel), *(_leaf(w, g, piece.sample) for w, g in fitted)]
+            weights = [_leaf(w, g, piece.sample) for w, g in zip(fitted, dfitted, strict=True)]
             with torch.enable_grad():
-                out = _answer(_leaf(q, dq, piece.near), leaves, piece, setting)
-            out.backward(wide(grad[piece.own]))
+                queries = _see(_leaf(q, dq, piece.near), None, leaves, piece, setting.width)
+                out = INNER[setting.model].apply(queries, weights)
+            out.backward(wide(grad[piece.own]).transpose(0, 1))
         return None, *buffers
 
 
