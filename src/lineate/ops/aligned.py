@@ -3,6 +3,8 @@
     aligned_eager.py   the equations, one operator after the other: the reference; traced, counted and compiled code runs it too
     aligned_cpu.py     CPUs: in pieces that stay in cache
 
+Which one ran, and why, is logged once.
+
 Legend: B batch, H heads, N tokens, D head dim, C = H·D channels, h×w grid.
 """
 
@@ -16,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lineate.ops.aligned_cpu import by_pieces
+from lineate.ops import aligned_cpu
 from lineate.ops.aligned_eager import Backend, Setting, by_eager
 from lineate.ops.ttt import InnerLoss, InnerModel
 
@@ -28,7 +30,8 @@ def _backend(q: Tensor) -> tuple[Backend, str]:
     if torch.compiler.is_compiling() or type(q) is not Tensor or torch._C._are_functorch_transforms_active():
         return by_eager, "operators are traced, counted or transformed"
     if q.device.type == "cpu":
-        return by_pieces, "this is a CPU"
+        few = q.shape[0] * q.shape[2] <= aligned_cpu.TOKENS
+        return (by_eager, "so few tokens stay in cache anyway") if few else (aligned_cpu.by_pieces, "this is a CPU")
     return by_eager, f"there is nothing faster on {q.device.type}"
 
 

@@ -191,7 +191,8 @@ class _Answer(Function):
             with torch.enable_grad():
                 queries = _see(_leaf(q, dq, piece.near), None, leaves, piece, setting.width)
                 out = INNER[setting.model].apply(queries, weights)
-            out.backward(wide(grad[piece.own]).transpose(0, 1))
+            if out.requires_grad:
+                out.backward(wide(grad[piece.own]).transpose(0, 1))
         return None, *buffers
 
 
