@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lineate.evaluate.cost import _LiveTensors
+from lineate.evaluate.cost import LiveTensors
 from lineate.layout import TokenLayout
 from lineate.ops import aligned, aligned_cpu
 from lineate.ops.aligned import aligned_ttt
@@ -112,7 +112,7 @@ def test_statistics_of_pieces_are_those_of_the_whole_far_off_centre() -> None:
 def peak_bytes(height: int, backend: Backend) -> int:
     layout = TokenLayout(height, 8)
     _, q, k, v, *parameters = (x.detach() for x in tensors(layout, "swiglu", torch.float32, batch=1))
-    with _LiveTensors([q, k, v, *parameters]) as live:
+    with LiveTensors([q, k, v, *parameters]) as live:
         backend(q, k, v, parameters[:3], parameters[3:], SETTING._replace(height=height, width=8, first=0))
     return live.peak
 

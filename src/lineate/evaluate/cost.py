@@ -142,7 +142,7 @@ def count_operator_macs(model: nn.Module, *args: Any) -> float:
     return _count(model, model, *args)[1]
 
 
-class _LiveTensors(TorchDispatchMode):
+class LiveTensors(TorchDispatchMode):
     """Bytes of the storages that operators made and that still live, and their peak; `known` storages do not count."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
@@ -184,7 +184,7 @@ def peak_mib(model: nn.Module, images: Tensor, run: Run | None = None) -> float:
         run(images)
         torch.cuda.synchronize(images.device)
         return float(torch.cuda.max_memory_allocated(images.device) - before) / 2**20
-    with _LiveTensors([*model.parameters(), *model.buffers(), images]) as live:
+    with LiveTensors([*model.parameters(), *model.buffers(), images]) as live:
         run(images)
     return float(live.peak) / 2**20
 
