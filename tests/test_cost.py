@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -263,6 +264,18 @@ def test_rows_carry_what_was_measured() -> None:
     assert [step[:2] for step in steps] == [(0, 2), (1, 2), (2, 2)]
     assert original.training
     assert converted.training
+
+
+def test_compiled_is_how_both_are_timed_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[nn.Module] = []
+
+    def compile(model: nn.Module, **options: object) -> Callable[[Tensor], Tensor]:
+        return lambda images: (timed.append(model), model(images))[1]
+
+    monkeypatch.setattr(torch, "compile", compile)
+    original, converted = models()
+    assert cost(original, converted, [(32, 32)], repeats=2, warmup=1, compiled=True).compiled
+    assert timed == 3 * [original, converted]
 
 
 def test_a_time_limit_stops_at_three_timings() -> None:

@@ -270,6 +270,7 @@ def convert(
 @app.command()
 def bench(
     source: SourceArgument, preset: Preset = None, config: Config = None, set_: Set = None, sizes: Sizes = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Time both models through torch.compile.")] = False,
     out: OutFile = None, overwrite: Overwrite = False, device: Device = "cpu",
 ) -> None:  # fmt: skip
     """Time original and converted model side by side, and count their multiply-adds and memory; no calibration is needed."""
@@ -284,7 +285,7 @@ def bench(
     runs.check_file(out, overwrite)
     with screen() as shown:
         pair = load_pair(source, settings.conversion, device=device)
-        figures = measure_cost(pair, choose_sizes(pair.original, wanted, pair.source.multiple), shown.progress)
+        figures = measure_cost(pair, choose_sizes(pair.original, wanted, pair.source.multiple), shown.progress, compiled)
     show_cost(figures)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -312,10 +312,11 @@ def measure_uncalibrated(pair: Pair, images: Sequence[Tensor]) -> Fidelity | Non
         return None
 
 
-def measure_cost(pair: Pair, sizes: Sequence[tuple[int, int]], progress: Progress) -> Cost:
+def measure_cost(pair: Pair, sizes: Sequence[tuple[int, int]], progress: Progress, compiled: bool = False) -> Cost:
     """Original and converted model timed side by side at every size; large ones less often."""
     return cost(
-        pair.original, pair.converted, sizes, repeats=REPEATS, seconds_per_size=SECONDS_PER_SIZE, progress=progress
+        pair.original, pair.converted, sizes,
+        repeats=REPEATS, seconds_per_size=SECONDS_PER_SIZE, compiled=compiled, progress=progress,
     )  # fmt: skip
 
 

@@ -74,6 +74,7 @@ class Cost(Frozen):
 
     `crossover_px` is the side of the square picture from which the speed-up stays above 1, or None if it never or always
     does; `crossover_note` says which. `original_attention` is the host's softmax attention: "fused", "unfused" or "mixed".
+    `compiled`: whether both models were timed through `torch.compile`; memory is the uncompiled models' in any case.
     """
 
     rows: tuple[CostRow, ...]
@@ -83,6 +84,7 @@ class Cost(Frozen):
     device: str
     dtype: str
     original_attention: str
+    compiled: bool = False
 
 
 def _executed_macs(function: Callable[..., object], *args: Any) -> float:
@@ -212,7 +214,9 @@ def _interleaved(runs: tuple[Run, Run], images: Tensor, repeats: int, warmup: in
     return torch.tensor(timings, dtype=torch.float64)
 
 
-def _row(models: tuple[nn.Module, nn.Module], images: Tensor, repeats: int, warmup: int, seconds: float | None) -> CostRow:
+def _row(
+    models: tuple[nn.Module, nn.Module], images: Tensor, repeats: int, warmup: int, seconds: float | None, compiled: bool
+) -> CostRow:
     """Everything about one size. The memory pass comes first and warms up too."""
     original, converted = models
     geometry, runs = detect(original).geometry(original), (detect(original).runner(original), detect(converted).runner(converted))
@@ -220,7 +224,8 @@ def _row(models: tuple[nn.Module, nn.Module], images: Tensor, repeats: int, warm
     if images.is_cuda:  # libraries take their workspaces at the first call, which would count against the first model
         _interleaved(runs, images, 1, 0, None)
     peaks = [peak_mib(model, images, run) for model, run in zip(models, runs, strict=True)]
-    timings = _interleaved(runs, images, repeats, warmup, deadline)
+    timed = (torch.compile(runs[0], dynamic=False), torch.compile(runs[1], dynamic=False)) if compiled else runs
+    timings = _interleaved(timed, images, repeats, warmup, deadline)
     low, median, high = torch.quantile(timings, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=0)
     executed, operator = _count(converted, runs[1], images)
     height, width = images.shape[-2:]
@@ -318,12 +323,14 @@ def cost(
     repeats: int = 5,
     warmup: int = 1,
     seconds_per_size: float | None = None,
+    compiled: bool = False,
     progress: Progress | None = None,
 ) -> Cost:
     """Measure both models at every (height, width) of `sizes`, in px and multiples of the patch, on random pictures.
 
     `repeats` timings of each model after `warmup` untimed passes; once `seconds_per_size` have gone by at a size it stops at
-    three timings. `progress(done, total, what)` is called before each size and at the end. Raises `EvaluationError`.
+    three timings; `compiled` times both models through `torch.compile`. `progress(done, total, what)` is called before each size
+    and at the end. Raises `EvaluationError`.
     """
     _check(original, converted, sizes, {"batch": batch, "repeats": repeats, "warmup": warmup})
     reference = next(original.parameters())
@@ -334,7 +341,7 @@ def cost(
             if progress is not None:
                 progress(len(rows), len(sizes), f"timing {height}×{width} px")
             images = torch.randn(batch, 3, height, width, generator=generator).to(reference.device, reference.dtype)
-            rows.append(_row((original, converted), images, repeats, warmup, seconds_per_size))
+            rows.append(_row((original, converted), images, repeats, warmup, seconds_per_size, compiled))
     if progress is not None:
         progress(len(rows), len(sizes), "timing done")
     px, note = crossover(rows)
@@ -346,4 +353,5 @@ def cost(
         device=device_name(reference.device),
         dtype=str(reference.dtype).removeprefix("torch."),
         original_attention=detect(original).softmax_kind(original),
+        compiled=compiled,
     )
