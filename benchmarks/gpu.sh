@@ -8,4 +8,7 @@ python -m pytest tests/test_cuda.py
 for preset in t5 t5-plus linear; do
   lineate bench embedded --preset "$preset" --device cuda --sizes 224,448,672,1022,1442,2044 --out "benchmarks/results/gpu-$preset.json" --overwrite
 done
+sweep="python benchmarks/ops.py --device cuda --dtype bfloat16 --batch 2 --heads 24 --loss l2"
+$sweep --tokens 1024,4096,16384,65536 --skip "sdpa math" --out benchmarks/results/gpu-ops.json
+$sweep --tokens 1024,4096,16384 --skip "sdpa math" --backward --out benchmarks/results/gpu-ops-backward.json
 lineate demo --device cuda --out runs/gpu-demo --overwrite

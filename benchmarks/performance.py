@@ -1,0 +1,99 @@
+"""docs/performance.md, from the result files: python benchmarks/performance.py
+
+What has no file is listed as unmeasured, with the command that measures it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+_BENCH = "lineate bench embedded --sizes 224,518,1022"
+_GPU = "python benchmarks/ops.py --device cuda --dtype bfloat16 --batch 2 --heads 24 --loss l2"
+# name of the result file: what it shows and the command behind it, without --out
+WANTED = {
+    "cpu-ops": ("The operator, forward, CPU", "python benchmarks/ops.py --tokens 256,1024,4096"),
+    "cpu-ops-backward": ("The operator, forward and backward, CPU", "python benchmarks/ops.py --tokens 1024,4096 --backward"),
+    "cpu-t5-2layer": ("ViT-S/14 end to end, 2-layer, CPU", f"{_BENCH} --preset t5-2layer"),
+    "cpu-t5": ("ViT-S/14 end to end, SwiGLU, CPU", f"{_BENCH} --preset t5"),
+    "cpu-t5-plus": ("ViT-S/14 end to end, with the neighborhood branch, CPU", f"{_BENCH} --preset t5-plus"),
+    "cpu-t5-compiled": ("ViT-S/14 end to end, SwiGLU, both compiled, CPU", f"{_BENCH} --preset t5 --compile"),
+    "gpu-ops": ("The operator, forward, GPU", f"{_GPU} --tokens 1024,4096,16384,65536"),
+    "gpu-ops-backward": ("The operator, forward and backward, GPU", f"{_GPU} --tokens 1024,4096,16384 --backward"),
+    "gpu-t5": ("ViT-S/14 end to end, SwiGLU, GPU", f"{_BENCH} --preset t5 --device cuda"),
+}
+
+
+def provenance(result: dict[str, Any]) -> str:
+    """Machine, library, commit and command in one line."""
+    made = result["environment"]
+    commit = f"commit {made['commit'][:7]}{', changed' if made['dirty'] else ''}" if made["commit"] else "no commit"
+    place = f"{made['device']}, torch {made['versions']['torch']}, {commit}, {result['created'][:10]}"
+    return f"{place}: `{' '.join(result['command'])}`"
+
+
+def operator(result: dict[str, Any]) -> list[str]:
+    """One line for each contender at each size."""
+    limits, asked = result["ceilings"], result["asked"]
+    lines = [
+        f"{asked['dtype']}, batch {asked['batch']}, {asked['heads']} heads, {asked['loss']} loss. Copy {limits['copy_gb_s']:.0f} "
+        f"GB/s, GEMM {limits['gemm_gmac_s']:.0f} Gmac/s.",
+        "",
+        "| tokens | head dim | inner model | | ms (IQR) | against the fastest softmax | of the floor | peak MiB | saved MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        ran = {name: found for name, found in row["contenders"].items() if "ms" in found}
+        softmax = min((found["ms"] for name, found in ran.items() if name.startswith("sdpa")), default=float("nan"))
+        for name, found in ran.items():
+            cells = [f"{found['ms']:.1f} ({found['iqr_ms']:.1f})", f"{softmax / found['ms']:.2f}×"]
+            cells.append(f"{found['of_floor']:.0%}" if "of_floor" in found and not name.startswith("sdpa") else "")
+            cells += [f"{found[key]:.1f}" if key in found else "" for key in ("peak_mib", "saved_mib")]
+            lines.append(f"| {row['tokens']} | {row['head_dim']} | {row['model']} | {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def end_to_end(result: dict[str, Any]) -> list[str]:
+    """One line for each picture size."""
+    cost = result["cost"]
+    lines = [
+        f"{cost['dtype']}, batch {cost['batch']}; {cost['crossover_note']}.",
+        "",
+        "| px | tokens | original ms (IQR) | converted ms (IQR) | speed-up | Gmac | peak MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in cost["rows"]:
+        times = [f"{row[f'{name}_ms']:.0f} ({row[f'{name}_iqr_ms']:.0f})" for name in ("original", "converted")]
+        pairs = [f"{row[f'original_{unit}']:.1f} → {row[f'converted_{unit}']:.1f}" for unit in ("gmacs", "peak_mib")]
+        size = f"{row['height']}×{row['width']}"
+        lines.append(f"| {size} | {row['tokens']} | {' | '.join(times)} | {row['speedup']:.2f}× | {' | '.join(pairs)} |")
+    return lines
+
+
+def page() -> str:
+    """The whole page, Markdown."""
+    lines = [
+        "# Performance",
+        "",
+        "Written by `python benchmarks/performance.py` from `benchmarks/results/`. Contenders take turns in one process; medians",
+        "and interquartile ranges. The floor of an operator's row is the larger of seven passes over a (B, N, C) tensor at this",
+        "machine's copy rate and of its multiply-adds at its GEMM rate. `aligned` is what a converted model runs.",
+    ]
+    missing = []
+    for name, (title, command) in WANTED.items():
+        file = RESULTS / f"{name}.json"
+        if not file.exists():
+            missing.append(f"- {title}: `{command} --out benchmarks/results/{name}.json`")
+            continue
+        result = json.loads(file.read_text())
+        lines += ["", f"## {title}", "", provenance(result), "", *(operator if "ceilings" in result else end_to_end)(result)]
+    if missing:
+        lines += ["", "## Unmeasured", "", *missing]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
