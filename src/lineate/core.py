@@ -152,6 +152,5 @@ class CoreAttention(nn.Module):
             grid = torch.lerp(grid, near, mix)
         if exact:
             first, last = (x.to(out.dtype) for x in attend_outside(q, k, v, layout))
-        if not outside:
-            return grid
-        return torch.cat([x.transpose(1, 2) for x in (first, grid, last)], dim=1).transpose(1, 2)  # as the host reads it
+        # Laid out as the host reads it: tokens before heads.
+        return torch.cat([x.transpose(1, 2) for x in (first, grid, last)], dim=1).transpose(1, 2) if outside else grid
