@@ -1,11 +1,11 @@
 """What the tables share: a Run is one conversion of the trained softmax host, perhaps calibrated, perhaps tuned, then evaluated.
 
 A run is written as the command line would take it, so that every row of a table is also one command. Each (run, seed) is one
-JSON file below results/SCALE/; what is there is not run again, so a broken table goes on where it stopped, and tables that
+JSON file below results/small/; what is there is not run again, so a broken table goes on where it stopped, and tables that
 share a run share its file. `--shard 0/2` and `--shard 1/2` let two processes share the work.
 
-The small scale (small.py: CIFAR-10 and a ViT that a CPU can train) runs here, row after row; at full size, a DeiT and ImageNet on
-many GPUs, every row is a `lineate train` of its own, and `--scale full` prints these commands.
+A small scale (small.py: CIFAR-10 and a ViT that a CPU can train; generation.py: the same and a DiT) runs here, row after row; at
+full size, on ImageNet and many GPUs, every row is a `lineate train` of its own, and `--scale full` prints these commands.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import re
 import shlex
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product
@@ -70,23 +70,50 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """What the runs of a table are done with: `execute(run, seed, *opened(data))` gives a result, `shown(results)` a cell.
+
+    `command(table, run, host, data)` does a run at full size, from `host` where no other is said.
+    """
+
+    folder: str
+    data: str
+    opened: Callable[[str], tuple[Any, ...]]
+    execute: Callable[..., dict[str, Any]]
+    shown: Callable[..., str]
+    command: Callable[[Table, Run, str, str], str]
+    host: str
+
+
+@dataclass(frozen=True)
 class Table:
-    """A table of the paper: what it shows, the names of its columns, its rows, and what reading it needs."""
+    """A table of the paper: what it shows, the names of its columns, its rows, what reading it needs, and where it is run."""
 
     name: str
     title: str
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     note: str = ""
+    scale: Scale | None = None
+
+    @property
+    def on(self) -> Scale:
+        """Where it is run: with classifiers, where nothing is said."""
+        return self.scale or CLASSES
 
     def every(self) -> Iterator[Run]:
         """Every run of the table once, in order."""
         yield from dict.fromkeys(run for row in self.rows for run in row.runs if run is not None)
 
 
-def result_file(run: Run, seed: int) -> Path:
+def result_file(run: Run, seed: int, folder: str = "") -> Path:
     """Where the results of a run with this seed are kept."""
-    return RESULTS / run.name / f"seed{seed}.json"
+    return RESULTS / folder / run.name / f"seed{seed}.json"
+
+
+def opened(data: str) -> tuple[Any, ...]:
+    """Labelled images to learn from and to measure on."""
+    return tuple(open_data(data, split=split) for split in ("train", "test"))
 
 
 def execute(run: Run, seed: int, train: LabelledImages, test: LabelledImages) -> dict[str, Any]:
@@ -124,9 +151,9 @@ def figures(model: nn.Module, test: LabelledImages) -> dict[str, Any]:
     return {"top1": outcome.figures.top1.model_dump(), "images": outcome.figures.images, "correct": packed}
 
 
-def read(run: Run) -> list[dict[str, Any]]:
+def read(run: Run, folder: str = "") -> list[dict[str, Any]]:
     """The results of a run, seed by seed."""
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted((RESULTS / run.name).glob("seed*.json"))]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted((RESULTS / folder / run.name).glob("seed*.json"))]
 
 
 def accuracy(rows: Sequence[dict[str, Any]], part: str = "final") -> Interval | None:
@@ -148,15 +175,15 @@ def shown(rows: Sequence[dict[str, Any]], part: str = "final") -> str:
 
 
 def markdown(table: Table) -> str:
-    """The table with the paper's figures beside ours."""
-    heads = [head for column in table.columns for head in (f"{column}, paper", f"{column}, here")]
-    lines = [f"| | {' | '.join(heads)} |", "| --- |" + " --- |" * len(heads)]
-    for row in table.rows:
-        cells = []
-        for figure, run in zip(row.paper, row.runs, strict=True):
-            cells += ["" if figure is None else str(figure), "" if run is None else shown(read(run))]
-        lines.append(f"| {row.label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """The table with the paper's figures beside ours; a column that would be empty is left out."""
+    columns = []
+    for place, column in enumerate(table.columns):
+        papers, found = [row.paper[place] for row in table.rows], [row.runs[place] for row in table.rows]
+        columns.append([f"{column}, paper", *("" if figure is None else str(figure) for figure in papers)])
+        ours = ("" if run is None else table.on.shown(read(run, table.on.folder)) for run in found)
+        columns.append([f"{column}, here", *ours])
+    heads, *lines = zip(["", *(row.label for row in table.rows)], *(column for column in columns if any(column[1:])), strict=True)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines))
 
 
 def command(table: Table, run: Run, host: str, data: str) -> str:
@@ -177,7 +204,7 @@ def main(table: Table) -> None:
     parser = argparse.ArgumentParser(description=table.title)
     parser.add_argument("--scale", choices=("small", "full"), default="small")
     parser.add_argument("--data", help="the CIFAR-10 folder, or at full size ImageNet as lineate train takes it")
-    parser.add_argument("--host", default="runs/deit/model", help="at full size the softmax baseline, saved by lineate")
+    parser.add_argument("--host", default=table.on.host, help="at full size the softmax baseline")
     parser.add_argument("--seed", type=int, action="append", help="several may be given (default: 0, 1, 2)")
     parser.add_argument("--only", default="*", help="a glob over the names of runs")
     parser.add_argument("--shard", default="0/1", help="i/n: the i-th of n parts of the work")
@@ -185,27 +212,31 @@ def main(table: Table) -> None:
     parser.add_argument("--table", action="store_true", help="print what there is and stop")
     options = parser.parse_args()
     if options.scale == "full":
-        print(*(command(table, run, options.host, options.data or "hf:ILSVRC/imagenet-1k") for run in table.every()), sep="\n")
+        data = options.data or "hf:ILSVRC/imagenet-1k"
+        print(*(table.on.command(table, run, options.host, data) for run in table.every()), sep="\n")
         return
     if not options.table:
         if options.threads:
             torch.set_num_threads(options.threads)
         chosen = [run for run in table.every() if fnmatchcase(run.name, options.only)]
-        run_all(chosen, options.seed or [0, 1, 2], options.data or small.DATA, options.shard)
+        run_all(table.on, chosen, options.seed or [0, 1, 2], options.data or table.on.data, options.shard)
     print(markdown(table))
 
 
-def run_all(wanted: Sequence[Run], seeds: Sequence[int], data: str, shard: str) -> None:
+def run_all(scale: Scale, wanted: Sequence[Run], seeds: Sequence[int], data: str, shard: str) -> None:
     """Every (run, seed) of this shard that has no result yet; each is written when it is done."""
     part, parts = (int(number) for number in shard.split("/"))
     mine = list(product(seeds, wanted))[part::parts]
-    train, test = (open_data(data, split=split) for split in ("train", "test"))
+    ready = scale.opened(data)
     environment = runs.environment(small.DEVICE)
     for seed, run in mine:
-        if result_file(run, seed).exists():
+        file = result_file(run, seed, scale.folder)
+        if file.exists():
             continue
-        row = execute(run, seed, train, test) | {"environment": environment}
-        file = result_file(run, seed)
+        row = scale.execute(run, seed, *ready) | {"environment": environment}
         file.parent.mkdir(parents=True, exist_ok=True)
         runs.write_json(file, row)
-        print(f"{run.name} seed {seed}: {shown([row])}, {row['seconds']:.0f} s", flush=True)
+        print(f"{run.name} seed {seed}: {scale.shown([row])}, {row['seconds']:.0f} s", flush=True)
+
+
+CLASSES = Scale("", small.DATA, opened, execute, shown, command, "runs/deit/model")

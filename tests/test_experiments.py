@@ -14,15 +14,19 @@ from PIL import Image
 
 import lineate
 from lineate.data import open_data
+from lineate.evaluate.fid import Extractor, Features
+from lineate.models.dit import DiT
+from lineate.train.latents import cache
 
 ROOT = Path(__file__).parents[1] / "experiments"
 TABLES = ("table1", "table2", "table3", "table4", "table5", "table11", "tune", "starts")
+GENERATION = ("table6", "table10", "table12")
 
 
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, ModuleType]:
     monkeypatch.syspath_prepend(str(ROOT))
-    found = {name: importlib.import_module(name) for name in ("small", "harness", *TABLES)}
+    found = {name: importlib.import_module(name) for name in ("small", "harness", "generation", *TABLES, *GENERATION)}
     monkeypatch.setattr(found["harness"], "RESULTS", tmp_path / "results")
     return found
 
@@ -69,15 +73,44 @@ def test_a_run_leaves_its_figures_and_a_table_shows_them(
     assert bare["train"] is None and set(bare["results"]) == {"new_parameters", "final"}
 
 
+@pytest.mark.slow
+def test_a_denoiser_is_converted_fitted_tuned_and_measured_by_its_pictures(
+    modules: dict[str, ModuleType], data: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    generation, harness = modules["generation"], modules["harness"]
+    torch.manual_seed(0)
+    lineate.save(lineate.convert(DiT(8, 2, 3, 16, 2, 2, num_classes=10, learn_sigma=False), "softmax"), tmp_path / "host")
+    cache(data[0], tmp_path / "cache", size=8)
+    extractor = Extractor("mean", lambda x: x.float().mean((-1, -2)))
+    quick = {"HOST": tmp_path / "host", "SAMPLES": 40, "COMPONENTS": 3, "RESULTS": tmp_path / "results"}
+    quick["TUNING"] = generation.TUNING.model_copy(update={"batch": 10})
+    quick["CALIBRATION"] = generation.CALIBRATION.model_copy(update={"steps": 2, "batch": 2, "pool": 4})
+    for name, value in (quick | {"find_extractor": lambda name, device: extractor}).items():
+        monkeypatch.setattr(generation, name, value)
+
+    run = harness.Run("dit5", ("train.epochs=1", "inherit=mlp"), calibrated=True)
+    row = generation.execute(run, 1, tmp_path / "cache", Features("mean", torch.rand(20, 3)))
+    assert row["conversion"]["inherit"] == "mlp" and row["results"]["tuning"]["steps"] == 2
+    assert row["results"]["calibration"]["images"] == 4
+    assert row["results"]["final"]["kid"]["samples"] == 40 and row["results"]["final"]["fd"]["components"] == 3
+    with Image.open(tmp_path / "results" / "dit" / run.name / "seed1.png") as grid:
+        assert grid.size == (10 * 9 + 1, 4 * 9 + 1)
+    fd = row["results"]["final"]["fd"]["value"]
+    assert generation.shown([row]).endswith(f" / {fd:.1f} (1)") and generation.shown([]) == "not run"
+
+
 def test_every_row_of_every_table_is_a_conversion_and_a_training_that_exist(modules: dict[str, ModuleType]) -> None:
-    for name in TABLES:
+    for name in (*TABLES, *GENERATION):
         table = modules[name].TABLE
         assert all(len(row.runs) == len(row.paper) == len(table.columns) for row in table.rows)
         for run in table.every():
             settings = modules["harness"].read_settings(preset_name=run.preset, assignments=run.conversion_fields())
             assert settings.conversion is not None
             fields = [field for field in run.set if field.startswith("train.")]
-            config = modules["small"].tuning(run.tune, fields, 0)
+            small, generation = modules["small"], modules["generation"]
+            config = generation.tuning(run, 0) if name in GENERATION else small.tuning(run.tune, fields, 0)
             assert (config is None) == (run.tune is None)
+    shares = [generation.tuning(run, 0).epochs * 1562 / 1200 for run in modules["table6"].TABLE.rows[0].runs if run]
+    assert shares == pytest.approx([0.0057, 0.02, 0.1], rel=1e-3)
     names = [run.name for name in TABLES for run in modules[name].TABLE.every()]
     assert len({run for name in TABLES for run in modules[name].TABLE.every()}) == len(set(names))
