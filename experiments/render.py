@@ -77,8 +77,8 @@ def denoiser() -> Iterator[str]:
         return
     done = run["results"]["training"]
     yield (
-        f"Its softmax host has seen {done['images']:,} pictures in {done['steps']:,} steps, {done['seconds'] / 60:.0f} minutes on "
-        f"{run['environment']['device']}: colours and blobs, no objects. Every row is a conversion of it, tuned for a share of its "
+        f"Its softmax host has seen {done['images']:,} pictures in {done['steps']:,} steps, {done['seconds'] / 60:.0f} minutes "
+        f"on {run['environment']['device']}, shared with others. Every row is a conversion of it, tuned for a share of its "
         "steps, all alike; a cell is KID·1000 / FD on 64 principal components of EfficientNet-lite0, a mean over (seeds)."
     )
 
