@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import lineate
 from lineate.cli import app
 from lineate.convert import record
+from lineate.settings import read_settings
 
 from .tiny import DIT, dit
 
@@ -37,7 +38,8 @@ def test_an_original_is_converted_and_fitted_along_its_sampling(source: str, tmp
     assert done.exit_code == 0, done.output
     run = json.loads((tmp_path / "fitted" / "run.json").read_text())
     assert run["preset"] == "dit5" and run["results"]["images"] == {"calibration": 8}
-    assert (run["config"]["sampling"]["scheduler"], run["config"]["sampling"]["steps"]) == ("ddim", 4)
+    assert (run["sampling"]["scheduler"], run["sampling"]["steps"]) == ("ddim", 4)
+    read_settings(config=tmp_path / "fitted" / "run.json")  # which says it all again
     assert set(run["results"]["calibration"]["sites"]) == set(record(lineate.load(tmp_path / "fitted")).sites)
     # What was converted before is fitted on its original's sampling: the same pool, the same fit.
     assert call("convert", source, "--out", tmp_path / "plain").exit_code == 0

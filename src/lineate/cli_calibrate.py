@@ -60,12 +60,13 @@ def calibrate(
             fields = {"scheduler": scheduler, "steps": steps, "guidance": guidance, "seed": asked.calibration.seed}
             sampling = Sampling.model_validate(fields | {"guided_channels": None if all_channels else 3})
             model, result = _along_sampling(source, asked, sampling, place, shown)
-            config_, counts = {"sampling": sampling.model_dump(mode="json")}, {"calibration": result.images}
+            used, counts = {"sampling": sampling.model_dump(mode="json")}, {"calibration": result.images}
         else:
             assert images is not None
-            model, result, config_, counts = _on_photographs(source, asked, images, size, device, shown)
+            model, result, size, counts = _on_photographs(source, asked, images, size, device, shown)
+            used = {}
     saved = save(model, out, overwrite=overwrite)
-    about = describe(source, model, asked.calibration, preset=asked.preset, seed=asked.calibration.seed, **config_)
+    about = describe(source, model, asked.calibration, preset=asked.preset, seed=asked.calibration.seed, image_size=size) | used
     results = {"tensors": tensor_counts(model), "calibration": result.model_dump(mode="json"), "images": counts}
     runs.write_json(saved / RUN, about | {"results": results})
     table = Table("site", "error before", "after", title=f"Relative error on the examples, {result.seconds:.0f} s")
@@ -76,7 +77,7 @@ def calibrate(
 
 
 def _on_photographs(source: str, asked: Any, images: Path, size: int | None, device: str, shown: Screen) -> tuple[Any, ...]:
-    """The model, what fitting gave, and what run.json says of it: settings, and counts of the pictures."""
+    """The model, what fitting gave, the side of the pictures, and their counts."""
     from lineate.images import find_images
     from lineate.linearize import check_readable, crops, fit, load_pair
 
@@ -90,7 +91,7 @@ def _on_photographs(source: str, asked: Any, images: Path, size: int | None, dev
         shown.say(f"skipped {len(pool.skipped)} unreadable: {', '.join(path.name for path in pool.skipped)}")
     skipped = {str(path): reason for path, reason in pool.skipped.items()}
     counts = {"calibration": len(pool.paths) - len(skipped), "skipped": skipped}
-    return pair.converted, result, {"image_size": pair.source.image_size}, counts
+    return pair.converted, result, pair.source.image_size, counts
 
 
 def _along_sampling(source: str, asked: Any, sampling: Any, place: Any, shown: Screen) -> tuple[Any, ...]:
