@@ -31,32 +31,42 @@ from lineate.terminal import Screen, screen
 def calibrate(
     source: SourceArgument, out: Out,
     images: Annotated[Path | None, typer.Option(metavar="DIR", help="Photographs, no labels; not for a denoiser.")] = None,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Texts to draw, for a text-to-image pipeline.")] = None,
     preset: Preset = None, config: Config = None, set_: Set = None, image_size: ImageSize = None, scheduler: Scheduler = "ddim",
     steps: Steps = 50, guidance: Guidance = 1.5, all_channels: AllChannels = False, seed: Seed = None,
     overwrite: Overwrite = False, device: Device = "cpu",
 ) -> None:  # fmt: skip
     """Fit a converted model, or SOURCE converted here, to its own softmax attention, and save, with a run.json beside it.
 
-    A denoiser is fitted on what it is asked while it samples, by --scheduler, --steps and --guidance; it needs no pictures.
+    A denoiser is fitted on what it is asked while it samples, by --scheduler, --steps and --guidance; it needs no pictures, and a
+    text-to-image pipeline needs texts.
     """
     from lineate import runs, save
     from lineate.checkpoint import RUN, check_target
     from lineate.generate import Sampling
     from lineate.linearize import describe, tensor_counts
+    from lineate.pipelines import is_pipeline
     from lineate.settings import SettingsError
     from lineate.sources import is_denoiser
 
     asked = settings(source, preset, config, set_, seed)
     check_target(out.resolve(), overwrite)
     place, size = runs.find_device(device), image_size if image_size is not None else asked.image_size
-    denoises = is_denoiser(source)
+    draws = is_pipeline(source)
+    denoises = draws or is_denoiser(source)
+    if draws is (prompts is None):
+        raise SettingsError("give --prompts FILE, texts to draw" if draws else "--prompts is for text-to-image pipelines")
     if denoises is not (images is None):
         raise SettingsError(
             "a denoiser is calibrated along its own sampling, without --images" if denoises else "give --images DIR"
         )
     with screen() as shown:
         shown.say(f"loading {source}")
-        if denoises:
+        if prompts is not None:
+            chosen = {"steps": steps, "guidance": guidance, "seed": asked.calibration.seed}
+            model, result, drawn = _along_prompts(source, asked, prompts, chosen, place, shown)
+            used, counts = {"sampling": drawn}, {"calibration": result.images}
+        elif denoises:
             fields = {"scheduler": scheduler, "steps": steps, "guidance": guidance, "seed": asked.calibration.seed}
             sampling = Sampling.model_validate(fields | {"guided_channels": None if all_channels else 3})
             model, result = _along_sampling(source, asked, sampling, place, shown)
@@ -111,3 +121,25 @@ def _along_sampling(source: str, asked: Any, sampling: Any, place: Any, shown: S
         convert(model, asked.conversion)
     shown.say(f"calibrating on {len(examples)} examples")
     return model, fit(model, examples, config=asked.calibration, progress=shown.progress)
+
+
+def _along_prompts(source: str, asked: Any, file: Path, chosen: dict[str, Any], place: Any, shown: Screen) -> tuple[Any, ...]:
+    """A pipeline's transformer, fitted on calls of its original while it draws texts; what fitting gave; and how it drew."""
+    from lineate import convert
+    from lineate.calibrate import calibrate as fit
+    from lineate.checkpoint import original_of
+    from lineate.pipelines import load_pipeline
+    from lineate.text2image import PromptSampling, prompts_in, trajectory
+
+    texts, sampling = [prompt.prompt for prompt in prompts_in(file)], PromptSampling.model_validate(chosen)
+    pipe = load_pipeline(source).to(place)
+    model = pipe.transformer
+    converted = getattr(model, "lineate_record", None) is not None
+    pipe.transformer = original_of(model) if converted else model
+    shown.say(f"drawing texts with the original, to take {asked.calibration.pool} examples on the way")
+    examples = trajectory(pipe, texts, sampling, asked.calibration.pool, progress=shown.progress)
+    if not converted:
+        convert(model, asked.conversion)
+    shown.say(f"calibrating on {len(examples)} examples")
+    result = fit(model, examples, config=asked.calibration, progress=shown.progress)
+    return model, result, sampling.model_dump(mode="json")

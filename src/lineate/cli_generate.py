@@ -1,4 +1,4 @@
-"""`lineate generate`: pictures from a saved class-conditional model, as files, as one picture, or both."""
+"""`lineate generate`: pictures of classes or of texts, as files, as one picture, or both."""
 
 from __future__ import annotations
 
@@ -9,22 +9,30 @@ from typing import Annotated
 
 import typer
 
-from lineate.cli_options import AllChannels, Guidance, Scheduler, Steps
+from lineate.cli_options import AllChannels, Scheduler
+from lineate.cli_prompts import draw_prompts
 from lineate.terminal import screen
 
 MOST_COLUMNS = 16
-_RUN = "a directory saved by lineate, a run's folder that holds one, or dit:NAME@CHECKPOINT for an original"
+_RUN = "a directory saved by lineate, a run's folder that holds one, dit:NAME@CHECKPOINT; of texts also shapes or diffusers:NAME"
 
 
 def generate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help=f"The model: {_RUN}.")],
+    run: Annotated[str | None, typer.Argument(metavar="RUN", help=f"The model: {_RUN} (default, of texts: shapes).")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A text; may be given several times.")] = None,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Texts, a line each, or GenEval's metadata.")] = None,
     classes: Annotated[str | None, typer.Option(metavar="N,...", help="Classes, taken in turn (default: all).")] = None,
     grid: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Write all pictures there, as one.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write each picture there; goes on where it stopped.")] = None,
-    number: Annotated[int | None, typer.Option(min=1, help="How many pictures (default: 4 of each of --classes, or 16).")] = None,
+    number: Annotated[
+        int | None, typer.Option(min=1, help="How many pictures (default: 4 of each of --classes, or 16); of texts, of each: 4.")
+    ] = None,
     scheduler: Scheduler = "ddpm",
-    steps: Steps = 250,
-    guidance: Guidance = 4.0,
+    steps: Annotated[int | None, typer.Option(help="Steps of the scheduler (default: 250; of texts 28).")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Of classifier-free guidance; 1 is none (default: 4; of texts 3.5)")
+    ] = None,
+    size: Annotated[str | None, typer.Option(metavar="PX", help="Of texts, 1024 or 768x1280 (default: the model's own).")] = None,
     all_channels: AllChannels = False,
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at a time, in each process.")] = 16,
@@ -32,7 +40,7 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --grid.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Pictures of a class-conditional model; on many GPUs with --out: accelerate launch -m lineate generate ..."""
+    """Pictures of classes, or of texts with --prompt or --prompts; with --out on many GPUs: accelerate launch -m lineate ..."""
     from lineate import runs
     from lineate.autoencoder import GenerateError, load_autoencoder
     from lineate.evaluate.top1 import processes
@@ -44,7 +52,19 @@ def generate(
     if grid is None and out is None:
         raise GenerateError("nothing to write; choices: --grid FILE.png, --out DIR, or both")
     runs.check_file(grid, overwrite)
-    asked = {"scheduler": scheduler, "steps": steps, "guidance": guidance, "seed": seed}
+    if prompt or prompts is not None:
+        if classes is not None or vae is not None or (prompt and prompts is not None):
+            raise GenerateError(
+                "--prompt TEXT, --prompts FILE and --classes N,... are three ways to say what; --vae is for classes"
+            )
+        draw_prompts(
+            run or "shapes", prompt or (), prompts, out=out, grid=grid, images=number or 4, size=size, batch=batch, device=device,
+            steps=steps, guidance=guidance, seed=seed,
+        )  # fmt: skip
+        return
+    if run is None or size is not None:
+        raise GenerateError("--size is for texts" if run else "no model; give RUN, or --prompt TEXT for the stand-in's pictures")
+    asked = {"scheduler": scheduler, "steps": steps or 250, "guidance": 4.0 if guidance is None else guidance, "seed": seed}
     sampling = Sampling.model_validate(asked | {"guided_channels": None if all_channels else 3})
     place = runs.find_device(device)
     shared = processes(place)

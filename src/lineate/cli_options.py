@@ -51,18 +51,20 @@ def settings(
     source: str, preset: str | None, config: Path | None, assignments: list[str] | None, seed: int | None, **training: Any
 ) -> Settings:
     """What the options say of a source, from where a classifier or a denoiser begins."""
+    from lineate.pipelines import is_pipeline
     from lineate.settings import read_settings
     from lineate.sources import is_denoiser
 
+    default = "sd35-t5" if is_pipeline(source) else "dit5" if is_denoiser(source) else "t5"
     return read_settings(
         preset_name=preset, config=config, assignments=assignments or (), seed=seed, converted=converted_as(source),
-        default="dit5" if is_denoiser(source) else "t5", **training,
+        default=default, **training,
     )  # fmt: skip
 
 
 def converted_as(source: str) -> Conversion | None:
     """The conversion of a saved directory; None for a source that is still to be converted."""
-    from lineate.checkpoint import read_record
+    from lineate.checkpoint import MANIFEST, read_record
 
-    conversion = read_record(source).conversion if source and Path(source).is_dir() else None
+    conversion = read_record(source).conversion if source and (Path(source) / MANIFEST).is_file() else None
     return None if conversion is None or conversion.keeps_softmax else conversion

@@ -69,7 +69,7 @@ class _Labelled:
             raise DataError(next(iter(skipped.values())))
 
     def _decode(self, stored: Mapping[str, Any], name: str | None) -> tuple[Image | None, dict[str, str]]:
-        image, skipped = _decode(stored, name)
+        image, skipped = decode_picture(stored, name)
         if get_worker_info() is None:  # an error in a worker would reach the user as a traceback
             self.note(skipped)
         return image, skipped
@@ -189,7 +189,7 @@ def open_data(
         name = _choose(tuple(folders), split, text)
         table, image, label = _listed(folders, name), "image", "label"
     else:
-        table, name = _loaded(text, split, streaming=False)
+        table, name = load_table(text, split, streaming=False)
         image, label = _columns(table.features, image_column, label_column, text)
     if not len(table):
         raise DataError(f"split {name!r} of {text} holds no picture")
@@ -211,7 +211,7 @@ def open_stream(
     text = str(source)
     if not text.startswith("hf:") and _class_folders(_local(text)):
         raise DataError(f"{text} is a folder of class folders, which needs no streaming; it streams parquet and hub datasets")
-    stream, name = _loaded(text, split, streaming=True)
+    stream, name = load_table(text, split, streaming=True)
     image, label = _columns(stream.features, image_column, label_column, text)
     if not isinstance(stream.features[label], ClassLabel):
         raise DataError(f"column {label!r} of {text} has no class names, which streaming needs: they would show at the end only")
@@ -284,7 +284,7 @@ def _is_picture(path: str) -> bool:
     return path.lower().endswith(SUFFIXES) and not Path(path).name.startswith(".")
 
 
-def _loaded(source: str, split: str | None, *, streaming: bool) -> tuple[Any, str]:
+def load_table(source: str, split: str | None, *, streaming: bool) -> tuple[Any, str]:
     """One split of a parquet or hub dataset, and the split's name; the files of other splits are not fetched."""
     import datasets
 
@@ -312,23 +312,23 @@ def _columns(features: Mapping[str, Any], image: str | None, label: str | None, 
     """The names of the column of pictures and that of labels."""
     from datasets import ClassLabel
 
-    images = [name for name, kind in features.items() if _holds_pictures(kind)]
-    image = _column(image, [images], "pictures", "image_column", features, source)
+    images = [name for name, kind in features.items() if holds_pictures(kind)]
+    image = choose_column(image, [images], "pictures", "image_column", features, source)
     rest = {name: kind for name, kind in features.items() if name not in images}
     named = [name for name, kind in rest.items() if isinstance(kind, ClassLabel)]
     others = [name for name, kind in rest.items() if str(getattr(kind, "dtype", "")).lstrip("u").startswith(("int", "string"))]
     usual = [name for name in others if name in ("label", "labels")]
-    return image, _column(label, [named, usual, others], "labels", "label_column", features, source)
+    return image, choose_column(label, [named, usual, others], "labels", "label_column", features, source)
 
 
-def _holds_pictures(kind: Any) -> bool:
+def holds_pictures(kind: Any) -> bool:
     """An image, or what one looks like in parquet that `datasets` did not write."""
     from datasets import Image
 
     return isinstance(kind, Image) or (isinstance(kind, dict) and set(kind) == {"bytes", "path"})
 
 
-def _column(
+def choose_column(
     given: str | None, candidates: Sequence[Sequence[str]], what: str, argument: str, columns: Mapping[str, Any], source: str
 ) -> str:
     """`given`, or the one name in the first list of candidates that is not empty."""
@@ -372,7 +372,7 @@ def _undecoded(table: Any, image: str, label: str) -> Any:
     return (table.rename_columns(names) if names else table).cast_column("image", Image(decode=False))
 
 
-def _decode(stored: Mapping[str, Any], name: str | None) -> tuple[Image | None, dict[str, str]]:
+def decode_picture(stored: Mapping[str, Any], name: str | None) -> tuple[Image | None, dict[str, str]]:
     """The picture, or None and the reason under the picture's path, else `name`, else its content's checksum."""
     content: bytes | None = stored["bytes"] if stored else None
     path: str | None = stored["path"] if stored else None

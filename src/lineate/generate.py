@@ -197,7 +197,7 @@ def generate(
     _check(made_by, classes, number, batch, vae)
     _check_guidance(made_by, sampling)
     about = {"sampling": sampling.model_dump(mode="json"), "classes": list(classes), "model": fingerprint(made_by.model)}
-    _claim(out, about | {"autoencoder": fingerprint(vae) if vae is not None else None})
+    claim(out, about | {"autoencoder": fingerprint(vae) if vae is not None else None})
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
     files = [out / f"{index:05}.png" for index in range(number)]
     mine = [index for index in range(rank, number, world) if not files[index].is_file()]
@@ -207,7 +207,7 @@ def generate(
         x = sample(made_by, [classes[index % len(classes)] for index in indices], seeds, sampling)
         pixels = to_bytes(x if vae is None else decode(vae, x)).cpu()
         for index, picture in zip(indices, pixels, strict=True):
-            _write(files[index], picture)
+            write_picture(files[index], picture)
         if progress is not None:
             progress(min(first + batch, len(mine)), len(mine), "generating")
     if accelerator is not None:
@@ -261,7 +261,7 @@ def _check(made_by: Denoiser, classes: Sequence[int], number: int, batch: int, v
         raise GenerateError(f"the autoencoder takes latents of {takes} channels, and the model makes {channels}")
 
 
-def _claim(out: Path, about: Mapping[str, Any]) -> None:
+def claim(out: Path, about: Mapping[str, Any]) -> None:
     """Write down how the pictures in `out` are made, or find that it says the same."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -287,7 +287,8 @@ def _picture(pixels: Tensor) -> Any:
     return to_pil_image(pixels)
 
 
-def _write(file: Path, pixels: Tensor) -> None:
+def write_picture(file: Path, pixels: Tensor) -> None:
+    """Write uint8 (3, h, w) as PNG, whole or not at all."""
     partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
         _picture(pixels).save(partial, format="PNG")

@@ -119,7 +119,7 @@ def _training(
         if epochs <= 0:
             raise SettingsError(f"--epochs must be more than 0, got {epochs:g}")
         whole = TrainConfig.model_validate(fields)
-        fields |= {"epochs": epochs, "warmup_epochs": whole.warmup_epochs * epochs / whole.epochs}
+        fields |= {"epochs": epochs, "steps": None, "warmup_epochs": whole.warmup_epochs * epochs / whole.epochs}
     return fields
 
 

@@ -18,7 +18,7 @@ import lineate
 from lineate.cli import app
 from lineate.convert import is_new, record
 from lineate.models.dit import DiT
-from lineate.train.latents import read_index
+from lineate.train.latents import Index, read_index
 
 from ..train.conftest import draw_pictures
 
@@ -89,7 +89,7 @@ def test_a_dit5_from_an_original_through_an_autoencoder(tmp_path: Path, data: Pa
     config = run["config"]["train"]
     assert (config["lr"], config["min_lr"], config["new_lr_multiplier"], config["ema_warmup"]) == (1e-4, 1e-4, 2, False)
     assert run["config"]["image_size"] == 32 and run["results"]["held_out"] is None
-    assert read_index(tmp_path / "run.cache").size == 32  # latents of 16, twice as many pixels
+    assert read_index(tmp_path / "run.cache", Index).size == 32  # latents of 16, twice as many pixels
     model = lineate.load(out / "model")
     assert record(model).conversion == lineate.preset("dit5").model_copy(update={"seed": 0})
     before = torch.load(original.partition("@")[2])["ema"]

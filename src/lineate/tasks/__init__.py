@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+from lineate.pipelines import is_pipeline
 from lineate.sources import is_denoiser
 from lineate.tasks.base import Say, Task, TrainPlan
 
 
 def task_of(plan: TrainPlan, say: Say) -> Task:
     """The task of the plan's source, its data opened."""
+    if is_pipeline(plan.source):
+        from lineate.tasks.prompted import Prompted
+
+        return Prompted(plan, say)
     if is_denoiser(plan.source):
         from lineate.tasks.denoise import Denoising
 

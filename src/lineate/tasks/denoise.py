@@ -33,6 +33,8 @@ class Denoising(Task):
         super().__init__(plan, say)
         if plan.train.distill != Distill():
             raise TrainError("distill is for classifiers; leave it out")
+        if plan.train.denoise.taught:
+            raise TrainError("denoise.taught is for pipelines of text to image; leave it out")
         self.data = open_data(plan.data, split="train", strict=plan.strict)
         self.vae: Any = load_autoencoder(plan.vae) if plan.vae is not None else None
         self.folder = plan.cache or plan.out.with_name(f"{plan.out.name}.cache")

@@ -83,12 +83,14 @@ class Lora(Frozen):
 class Denoise(Frozen):
     """What a denoiser learns, see `train.diffusion`: noise along the chain of DDPM, or the velocity of a flow.
 
-    `dropout` is the share of conditions that are dropped, for guidance; `vlb` weighs the bound that teaches DDPM's variance.
+    `dropout` is the share of conditions that are dropped, for guidance; `vlb` weighs the bound that teaches DDPM's variance. With
+    texts the objective is rectified flow (`train.rectified`), and `taught` the share of it that the original says.
     """
 
     objective: Literal["ddpm", "flow"] = "ddpm"
     dropout: float = Field(0.1, ge=0, lt=1)
     vlb: float = Field(1.0, ge=0)
+    taught: float = Field(0.0, ge=0, le=1)
 
 
 class TrainConfig(Frozen):
@@ -96,16 +98,18 @@ class TrainConfig(Frozen):
 
     `protocol`: "ft" trains everything; "freeze" the new parameters only, the rest also without dropout; "lora" the new ones
     whole and the rest by low-rank updates that are merged at the end.
-    `epochs` may be a fraction. `max_steps` stops earlier, on the schedule of the whole. `batch` is a process's share of one
-    forward pass. `lr_base_size` None takes the rates as they are. `new_lr_multiplier` reaches the warm-up and minimum rates of
-    the new parameters too (timm's lr_scale). `loss` and `distill` are for classifiers, `denoise` is for denoisers. `ema` is the
-    decay of the averaged weights, which then are what is evaluated and what is left at the end; with `ema_warmup` it rises to
-    that as timm's does, 1 - (1 + step)^(-2/3), else it is constant (DiT's). `checkpoint_steps` None is at every epoch's end; the
-    last `keep` stay. `eval_epochs` 0 evaluates at the end only. `workers` has no influence on what is drawn.
+    `epochs` may be a fraction; `steps`, where given, are taken instead. `max_steps` stops earlier, on the schedule of the whole.
+    `batch` is a process's share of one forward pass. `lr_base_size` None takes the rates as they are. `new_lr_multiplier` reaches
+    the warm-up and minimum rates of the new parameters too (timm's lr_scale). `loss` and `distill` are for classifiers, `denoise`
+    is for denoisers. `ema` is the decay of the averaged weights, which then are what is evaluated and what is left at the end;
+    with `ema_warmup` it rises to that as timm's does, 1 - (1 + step)^(-2/3), else it is constant (DiT's). `checkpoint_steps` None
+    is at every epoch's end; the last `keep` stay. `eval_epochs` 0 evaluates at the end only. `workers` has no influence on what
+    is drawn.
     """
 
     protocol: Protocol = "ft"
     epochs: float = Field(30.0, gt=0)
+    steps: int | None = Field(None, ge=1)
     max_steps: int | None = Field(None, ge=1)
     batch: int = Field(128, ge=1)
     accumulate: int = Field(1, ge=1)

@@ -16,7 +16,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -34,6 +34,7 @@ from lineate.train.data import Batch, Key, Order, Ordered
 from lineate.train.randomness import SAMPLE, derive
 
 INDEX = "index.json"
+Kind = TypeVar("Kind", bound=Frozen)
 
 
 class Index(Frozen):
@@ -76,15 +77,15 @@ def cache(
         autoencoder=fingerprint(vae) if vae is not None else None,
     )  # fmt: skip
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
-    _claim(out, index)
+    claim_index(out, index)
     for number in range(rank, index.shards, world):
-        file = out / _name(number)
+        file = out / shard_name(number)
         if not file.is_file():
             rows = range(number * shard, min((number + 1) * shard, len(data)))
             loader = DataLoader(
                 _Pictures(data, size), batch, sampler=rows, num_workers=workers, collate_fn=_collate, generator=torch.Generator()
             )  # fmt: skip
-            _write(file, _tensors(data, loader, vae))
+            write_shard(file, _tensors(data, loader, vae))
         if progress is not None:
             progress(number + 1, index.shards, "caching")
     if accelerator is not None:
@@ -100,12 +101,12 @@ class CachedBatches(Ordered):
     """
 
     def __init__(self, folder: Path, config: TrainConfig) -> None:
-        self.index = read_index(folder)
+        self.index = read_index(folder, Index)
         super().__init__(self.index.pictures, config)
         kept = {name: getattr(config.augment, name) for name in ("flip", "repeats", "scale", "crop", "interpolation")}
         if config.augment != Augment(**kept):
             raise TrainError("augment: pictures from a cache can be flipped and repeated, nothing else")
-        files = [folder / _name(number) for number in range(self.index.shards)]
+        files = [folder / shard_name(number) for number in range(self.index.shards)]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise TrainError(f"{folder} lacks {len(missing)} of {len(files)} files, {missing[0]} first; caching was not finished")
@@ -133,22 +134,22 @@ class CachedBatches(Ordered):
         return mean + std * torch.randn(mean.shape, generator=draw), stored["labels"][row]
 
 
-def read_index(folder: Path) -> Index:
-    """What the cache in `folder` holds. Raises `TrainError` if there is none."""
+def read_index(folder: Path, kind: type[Kind]) -> Kind:
+    """What the cache in `folder` holds. Raises `TrainError` if there is none of this kind."""
     try:
-        return Index.model_validate_json((folder / INDEX).read_text(encoding="utf-8"))
+        return kind.model_validate_json((folder / INDEX).read_text(encoding="utf-8"))
     except (OSError, ValidationError) as error:
         raise TrainError(f"{folder} holds no cache: {INDEX}: {str(error).splitlines()[0]}") from error
 
 
-def _claim(out: Path, index: Index) -> None:
+def claim_index(out: Path, index: Frozen) -> None:
     """Write the index, or find that it says the same."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / INDEX).is_file():
         partial = out / f".{secrets.token_hex(4)}"
         partial.write_text(json.dumps(index.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
         os.replace(partial, out / INDEX)
-    found = read_index(out).model_dump()
+    found = read_index(out, type(index)).model_dump()
     other = [name for name, value in index.model_dump().items() if found[name] != value]
     if other:
         asked = getattr(index, other[0])
@@ -190,7 +191,8 @@ def _tensors(data: LabelledImages, loader: Any, vae: nn.Module | None) -> dict[s
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
-def _write(file: Path, tensors: dict[str, Tensor]) -> None:
+def write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a file, whole or not at all."""
     partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
         save_file(tensors, partial)
@@ -199,5 +201,6 @@ def _write(file: Path, tensors: dict[str, Tensor]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _name(number: int) -> str:
+def shard_name(number: int) -> str:
+    """What a shard is called."""
     return f"{number:05}.safetensors"

@@ -71,4 +71,4 @@ def lr_factor(config: TrainConfig, global_batch: int) -> float:
 
 def total_steps(config: TrainConfig, per_epoch: int) -> int:
     """Optimiser steps of the whole schedule, at least one."""
-    return max(1, round(config.epochs * per_epoch))
+    return config.steps or max(1, round(config.epochs * per_epoch))

@@ -1,0 +1,69 @@
+"""`lineate generate --prompt` and `--prompts`: pictures from texts, laid out as GenEval's, as one picture, or both."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from lineate.terminal import screen
+
+
+def draw_prompts(
+    source: str,
+    texts: Sequence[str],
+    file: Path | None,
+    *,
+    out: Path | None,
+    grid: Path | None,
+    images: int,
+    size: str | None,
+    batch: int,
+    device: str,
+    **asked: Any,
+) -> None:
+    """Draw every text, or every prompt of the file, `images` times; `asked` are the fields of `PromptSampling` that were said."""
+    import torch
+
+    from lineate import runs
+    from lineate.autoencoder import GenerateError
+    from lineate.evaluate.top1 import processes
+    from lineate.generate import grid as together
+    from lineate.pipelines import load_pipeline
+    from lineate.text2image import PromptSampling, generate_prompts, plain_prompts, prompts_in
+
+    prompts = plain_prompts(texts) if file is None else prompts_in(file)
+    said = {name: value for name, value in asked.items() if value is not None}
+    sampling = PromptSampling.model_validate(said | {"size": _size(size)})
+    place = runs.find_device(device)
+    shared = processes(place)
+    if shared is not None and out is None:
+        raise GenerateError("several processes need --out, a folder that all of them write into")
+    place, first = (place, True) if shared is None else (shared.device, shared.is_main_process)
+    with screen() as shown, tempfile.TemporaryDirectory() as scratch:
+        pipe = load_pipeline(source, torch.bfloat16 if place.type == "cuda" else torch.float32).to(place)
+        files = generate_prompts(
+            pipe, prompts, out or Path(scratch), sampling, images=images, batch=batch, accelerator=shared,
+            progress=shown.progress if first else None,
+        )  # fmt: skip
+        if grid is not None and first:
+            grid.parent.mkdir(parents=True, exist_ok=True)
+            together(files, images).save(grid)
+    if first:
+        typer.echo("; ".join(f"{what}: {path}" for what, path in (("pictures", out), ("grid", grid)) if path is not None))
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """Height and width of "1024" or "768x1280". Raises `GenerateError`."""
+    from lineate.autoencoder import GenerateError
+
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip(), re.ASCII | re.IGNORECASE)
+    if found is None:
+        raise GenerateError(f"--size takes pixels like 1024 or 768x1280 (height x width), got {text!r}")
+    return int(found[1]), int(found[2] or found[1])

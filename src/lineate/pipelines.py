@@ -1,0 +1,74 @@
+"""Text-to-image pipelines by name: diffusers' StableDiffusion3Pipeline, converted or not.
+
+    shapes             the stand-in that ships with this package
+    diffusers:NAME     a pipeline of the Hugging Face hub, or a folder with model_index.json that `save_pretrained` wrote
+    FOLDER             such a folder, or what `lineate train` left: the transformer, put into the pipeline that it came from
+
+The stand-in is a pipeline of 2.5M parameters that draws the scenes of `lineate.shapes`; `experiments/drawn.py` trained it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lineate import checkpoint
+from lineate.autoencoder import GenerateError
+from lineate.texts import quietly
+
+STAND_IN, SHAPES = Path(__file__).parent / "standin", "shapes"
+FAMILY = "diffusers-sd3"
+PIPELINES = f"{SHAPES}, diffusers:NAME, a folder with model_index.json, a folder that `lineate train` wrote"
+
+
+def load_pipeline(source: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The pipeline that `source` names, in one of the forms of the module docstring, on the CPU. Raises `GenerateError`."""
+    from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+
+    from lineate.models import patches  # noqa: F401  diffusers takes a class of ours only from a module that is imported already
+
+    if (saved := _trained(source)) is not None:
+        pipe = load_pipeline(_base(saved), dtype)
+        pipe.transformer = checkpoint.load(saved).to(dtype)
+        return pipe
+    name = str(STAND_IN) if source == SHAPES else source.removeprefix("diffusers:")
+    if name == source and not (Path(source) / "model_index.json").is_file():
+        raise GenerateError(f"{source or 'the empty name'} is no pipeline; choices: {PIPELINES}")
+    try:
+        with quietly():
+            pipe = DiffusionPipeline.from_pretrained(name).to(dtype)
+    except Exception as error:  # whatever diffusers, transformers or the hub's client raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise GenerateError(f"no pipeline can be loaded from {source}: {reason}") from error
+    if not isinstance(pipe, StableDiffusion3Pipeline):
+        raise GenerateError(f"{source} is a {type(pipe).__name__}; only StableDiffusion3Pipeline can be used here")
+    return pipe
+
+
+def is_pipeline(source: str) -> bool:
+    """Whether `source` names a text-to-image pipeline, as far as can be told without loading it."""
+    saved = _trained(source)
+    if saved is not None:
+        return checkpoint.read_record(saved).family == FAMILY
+    return source == SHAPES or source.startswith("diffusers:") or (bool(source) and (Path(source) / "model_index.json").is_file())
+
+
+def _trained(source: str) -> Path | None:
+    """Where a training saved its transformer; None if `source` is no such folder."""
+    folders = (Path(source) / "model", Path(source)) if source else ()
+    return next((folder for folder in folders if (folder / checkpoint.MANIFEST).is_file()), None)
+
+
+def _base(saved: Path) -> str:
+    """The pipeline that a trained transformer came from, as its run says."""
+    told = next((file for file in (saved / checkpoint.RUN, saved.parent / checkpoint.RUN) if file.is_file()), None)
+    try:
+        found = json.loads(told.read_text(encoding="utf-8"))["source"] if told is not None else None
+    except (OSError, ValueError, KeyError, TypeError):
+        found = None
+    if not isinstance(found, str):
+        raise GenerateError(f"{saved} holds a transformer alone, and no {checkpoint.RUN} says of which pipeline")
+    return found

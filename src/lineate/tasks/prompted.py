@@ -1,0 +1,90 @@
+"""Learning to draw what a text says, from captioned pictures: a Stable Diffusion 3 pipeline's transformer, all else frozen."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from lineate import checkpoint
+from lineate.captioned import open_captioned
+from lineate.convert import Conversion, convert
+from lineate.evaluate import Progress
+from lineate.pipelines import load_pipeline
+from lineate.tasks.base import Say, Task, TrainPlan
+from lineate.train import TrainError
+from lineate.train.config import Distill
+from lineate.train.data import Ordered
+from lineate.train.loop import Lesson
+from lineate.train.pairs import PairBatches, cache_pairs, check_unvaried
+from lineate.train.rectified import rectified_flow
+
+ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+class Prompted(Task):
+    """A text-to-image model; it is measured by its pictures, with `lineate generate --prompts`."""
+
+    unfit = ("held_out", "photographs", "stream", "vae", "scratch")
+
+    def __init__(self, plan: TrainPlan, say: Say) -> None:
+        """Open the pictures."""
+        super().__init__(plan, say)
+        if plan.train.distill != Distill():
+            raise TrainError("distill is for classifiers; train.denoise.taught is for what a denoiser learns from its original")
+        check_unvaried(plan.train)
+        self.data = open_captioned(plan.data)
+        self.folder = plan.cache or plan.out.with_name(f"{plan.out.name}.cache")
+
+    def load(self) -> None:
+        """The pipeline, its transformer converted; and a copy of the original where that is learned from."""
+        plan = self.plan
+        self.pipe = load_pipeline(plan.source)
+        model: nn.Module = self.pipe.transformer
+        converted = getattr(model, "lineate_record", None) is not None
+        self.teacher = None
+        if plan.train.denoise.taught:
+            self.teacher = copy.deepcopy(checkpoint.original_of(model) if converted else model)
+        self.model = model if converted else convert(model, plan.conversion or Conversion())
+        self.name = plan.source
+
+    def check(self, processes: int) -> None:
+        """By the number of pictures, whatever their sizes."""
+        Ordered(len(self.data), self.plan.train).steps(processes)
+
+    @property
+    def image_size(self) -> int:
+        """As asked, or what the model was made for; pictures of other aspects have about as many pixels."""
+        return self.plan.image_size or int(self.pipe.transformer.config.sample_size * self.pipe.vae_scale_factor)
+
+    def lesson(self, together: Any, progress: Progress) -> Lesson:
+        """Rectified flow on the cache, which is made here where it is not there."""
+        pipe, config = self.pipe, self.plan.train
+        self.say(f"making {len(self.data)} captioned pictures ready in {self.folder}, as far as they are not")
+        place = next(self.model.parameters()).device
+        parts: list[nn.Module] = [getattr(pipe, name) for name in ENCODERS if getattr(pipe, name) is not None]
+        for part in parts:
+            part.to(place)
+        cache_pairs(self.data, self.folder, pipe, side=self.image_size, accelerator=together, progress=progress)
+        for part in parts:  # none of them is asked again
+            part.cpu()
+        if place.type == "cuda":
+            torch.cuda.empty_cache()
+        batches = PairBatches(self.folder, config)
+        objective = rectified_flow(
+            batches.empty, shift=float(pipe.scheduler.config.shift), dropout=config.denoise.dropout, teacher=self.teacher,
+            taught=config.denoise.taught,
+        )  # fmt: skip
+        self.say(f"training on {len(self.data)} captioned pictures of {len(batches.sizes)} sizes")
+        return Lesson(batches, objective)
+
+    def told(self) -> dict[str, Any]:
+        """The pictures and where they are kept."""
+        if self.data.skipped:
+            self.say(f"skipped {len(self.data.skipped)} unreadable: {', '.join(self.data.skipped)}")
+        return {
+            "data": {"train": self.plan.data, "cache": str(self.folder)},
+            "images": {"train": len(self.data), "skipped": self.data.skipped},
+        }
