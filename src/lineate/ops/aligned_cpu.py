@@ -14,8 +14,8 @@ Legend: B batch, H heads, N tokens, D head dim, C = H·D channels, h×w grid; n 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise, product
+from collections.abc import Sequence
+from itertools import product
 from types import EllipsisType
 from typing import Any, NamedTuple, TypeVar
 
@@ -37,41 +37,48 @@ Index = int | tuple[int | slice, ...] | EllipsisType
 
 
 class Piece(NamedTuple):
-    """Some tokens: where they are in (B, N, H, D), where all that they read is, and how many zeros stand before and behind that.
+    """Some tokens: where they are in (B, N, H, D), where all that they read is, and how that is convolved.
 
-    `zeros` is None where nothing is convolved.
+    Of what is read the first and the last `outside` tokens are not convolved; `zeros` many tokens of zeros stand before and
+    behind the others. `zeros` is None where nothing is convolved.
     """
 
     sample: int
     own: tuple[int, slice]
     near: tuple[int, slice]
-    zeros: tuple[int, int] | None
+    outside: tuple[int, int] = (0, 0)
+    zeros: tuple[int, int] | None = None
 
 
-def _pieces(shape: torch.Size, setting: Setting, convolved: bool) -> Iterator[Piece]:
-    """All tokens of (B, N, H, D): whole rows of the grid where it is convolved, the tokens before and after it by themselves."""
-    (batch, tokens, _, _), width = shape, setting.width
-    first, last = (setting.first, setting.first + setting.height * width) if convolved else (tokens, tokens)
-    rows = max(1, TOKENS // width) * width
-    cuts = [*range(0, first, TOKENS), *range(first, last, rows), *range(last, tokens, TOKENS), tokens]
-    for b, (start, stop) in product(range(batch), list(pairwise(cuts))):
-        if first <= start < last:
-            low, high = max(start - width, first), min(stop + width, last)
-            zeros = (low - start + width, stop + width - high)
-            yield Piece(b, (b, slice(start, stop)), (b, slice(low, high)), zeros)
-        else:
-            yield Piece(b, (b, slice(start, stop)), (b, slice(start, stop)), None)
+def _pieces(shape: torch.Size, setting: Setting, convolved: bool) -> list[Piece]:
+    """All tokens of (B, N, H, D) in order: rows of the grid where it is convolved, the first and last with what is outside."""
+    batch, tokens = shape[:2]
+    if not convolved:
+        spans = [slice(start, start + TOKENS) for start in range(0, tokens, TOKENS)]
+        return [Piece(b, (b, span), (b, span)) for b in range(batch) for span in spans]
+    height, width, first = setting[:3]
+    rows, found = max(1, TOKENS // width), []
+    for b, top in product(range(batch), range(0, height, rows)):
+        bottom = min(top + rows, height)
+        start, low, before = (first + top * width, first + (top - 1) * width, 0) if top else (0, 0, first)
+        stop, high, behind = tokens, tokens, tokens - first - height * width
+        if bottom < height:
+            stop, high, behind = first + bottom * width, first + (bottom + 1) * width, 0
+        zeros = (0 if top else width, width if bottom == height else 0)
+        found.append(Piece(b, (b, slice(start, stop)), (b, slice(low, high)), (before, behind), zeros))
+    return found
 
 
 def _see(x: Tensor, norm: Tensor | None, kernel: Sequence[Tensor], piece: Piece, width: int) -> Tensor:
     """A piece's q̂ or k̂, (H, n, D), from what it reads (m, H, D); norm (2, H, D)."""
     x = x if norm is None else torch.addcmul(norm[0], x, norm[1])
     if piece.zeros is not None:
-        (_, heads, dim), (weight, bias) = x.shape, kernel
-        padded = F.pad(x, (0, 0, 0, 0, *piece.zeros)) if any(piece.zeros) else x.contiguous()
+        (tokens, heads, dim), (weight, bias), (before, behind) = x.shape, kernel, piece.outside
+        first, rows, last = x.split((before, tokens - before - behind, behind))
+        padded = F.pad(rows, (0, 0, 0, 0, *piece.zeros)) if any(piece.zeros) else rows.contiguous()
         image = padded.view(1, -1, width, heads * dim).permute(0, 3, 1, 2)
-        out = F.conv2d(image, weight, bias, padding=(0, 1), groups=heads * dim)
-        x = out.permute(0, 2, 3, 1).reshape(-1, heads, dim)
+        out = F.conv2d(image, weight, bias, padding=(0, 1), groups=heads * dim).permute(0, 2, 3, 1).reshape(-1, heads, dim)
+        x = torch.cat((first, out, last)) if before or behind else out
     return x.transpose(0, 1)
 
 
@@ -137,7 +144,7 @@ class _Learn(Function):
             keys = _see(wide(k[piece.near]), sample, kernel, piece, setting.width)
             values = wide(v[piece.own]).transpose(0, 1)
             for total, part in zip(sums, INNER[setting.model].gradients(keys, values, weights, setting.loss), strict=True):
-                total[piece.sample] += part
+                total[piece.sample].add_(part)
         ctx.setting = setting
         ctx.save_for_backward(k, v, norm, *parameters)
         return sums
