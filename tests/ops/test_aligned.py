@@ -10,6 +10,7 @@ from typing import get_args
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lineate.evaluate.cost import LiveTensors
 from lineate.layout import TokenLayout
@@ -94,11 +95,31 @@ def test_half_precision_is_computed_in_fp32_and_rounded_once(dtype: torch.dtype)
         torch.testing.assert_close(run(q, k, v, parameters), expected, rtol=0, atol=0)
 
 
+def test_backward_under_autocast_and_of_heads_before_tokens_is_the_same() -> None:
+    """Rotary positions leave q and k with heads before tokens in memory."""
+    base, q, k, v, *parameters = tensors(LAYOUT, "swiglu", torch.float32)
+    leaves, cotangent = [base, *parameters], torch.randn_like(q)
+    expected = torch.autograd.grad(run(q, k, v, parameters), leaves, cotangent, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(run(*(x.contiguous() for x in (q, k, v)), parameters), leaves, cotangent)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_to_differentiate_twice_is_refused() -> None:
     base, q, k, v, *parameters = tensors(LAYOUT, "swiglu")
     (gradient,) = torch.autograd.grad(run(q, k, v, parameters).square().sum(), base, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    base, q, k, v, *parameters = tensors(LAYOUT, "swiglu")
+    leaves, cotangent = [base, *parameters], torch.randn_like(q)
+    plain = torch.autograd.grad(run(q, k, v, parameters), leaves, cotangent, retain_graph=True)
+    again = torch.autograd.grad(checkpoint(run, q, k, v, parameters, use_reentrant=False), leaves, cotangent)
+    for a, b in zip(again, plain, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_statistics_of_pieces_are_those_of_the_whole_far_off_centre() -> None:

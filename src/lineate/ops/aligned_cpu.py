@@ -88,15 +88,17 @@ def _split(parameters: Sequence[T], setting: Setting) -> tuple[Sequence[T], Sequ
     return parameters[:-matrices], parameters[-matrices:]
 
 
-def _buffers(ctx: Any) -> list[Tensor | None]:
-    """Zeros to add up gradients in, one for each input that needs one; the first, which is no tensor, does not."""
-    inputs = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
-    return [torch.zeros_like(wide(x), memory_format=torch.contiguous_format) if need else None for x, need in inputs]
+def _buffers(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Zeros to add up gradients in, one for each input that needs one."""
+    both = zip(inputs, wanted, strict=True)
+    return [
+        torch.zeros_like(wide(x), memory_format=torch.contiguous_format) if need and x is not None else None for x, need in both
+    ]
 
 
 def _leaf(x: Tensor, grad: Tensor | None, index: Index = ...) -> Tensor:
     """x[index] for autograd to differentiate by; what it finds is added to grad[index]."""
-    leaf = wide(x[index].detach()).requires_grad_(grad is not None)
+    leaf = wide(x[index].detach()).contiguous().requires_grad_(grad is not None)  # autograd wants grads laid out as their leaves
     leaf.grad = None if grad is None else grad[index]
     return leaf
 
@@ -151,9 +153,10 @@ class _Learn(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gamma: Tensor) -> Gradients:
+    @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gamma: Tensor) -> Gradients:  # type: ignore[override]
         setting, (k, v, norm, *parameters) = ctx.setting, ctx.saved_tensors
-        dk, dv, dnorm, *others = buffers = _buffers(ctx)
+        dk, dv, dnorm, *others = buffers = _buffers((k, v, norm, *parameters), ctx.needs_input_grad[1:])
         (kernel, weights), (dkernel, dweights) = (_split(x, setting) for x in (parameters, others))
         leaves = [_leaf(x, grad) for x, grad in zip(kernel, dkernel, strict=True)]
         for piece in _pieces(k.shape, setting, bool(kernel)):
@@ -188,9 +191,10 @@ class _Answer(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Gradients:
+    @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> Gradients:  # type: ignore[override]
         setting, (q, *parameters) = ctx.setting, ctx.saved_tensors
-        dq, *others = buffers = _buffers(ctx)
+        dq, *others = buffers = _buffers((q, *parameters), ctx.needs_input_grad[1:])
         (kernel, fitted), (dkernel, dfitted) = (_split(x, setting) for x in (parameters, others))
         leaves = [_leaf(x, g) for x, g in zip(kernel, dkernel, strict=True)]
         for piece in _pieces(q.shape, setting, bool(kernel)):
