@@ -78,6 +78,7 @@ ROWS = (
     Row("sd35-t5,uncalibrated", "T⁵ at 3 of 6, not calibrated", placed("sd35-t5", SITES), calibrated=False),
     Row("sd35-t5-all,uncalibrated", "T⁵ at all, not calibrated", placed("sd35-t5-all"), calibrated=False),
 )  # fmt: skip
+SHOWN = [row for row in ROWS if row.name in ("softmax", "sd35-t5", "sd35-t5-all", "linear-all")]
 
 
 @dataclass
@@ -242,20 +243,19 @@ def commands() -> Iterator[str]:
 
 
 def pictures() -> None:
-    """The same prompts and noise, a row of pictures a conversion, calibrated and tuned by the last budget, at seed 0."""
+    """The same prompts and noise, a row of pictures a conversion, calibrated and not tuned, at seed 0."""
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid
 
     learner, chosen = Learner(), [PROMPTS[index] for index in range(0, len(PROMPTS), len(PROMPTS) // 15)][:16]
-    seeds, drawn_rows = list(range(len(chosen))), []
-    for row in ROWS[:6]:
+    drawn_rows = []
+    for row in SHOWN:
         learner.start(row, 0)
-        learner.tune(BUDGETS[-1], 0)
-        drawn_rows.append(draw(learner.pipe, [prompt.prompt for prompt in chosen], seeds, SAMPLING))
-    shown_large = torch.nn.functional.interpolate(torch.cat(drawn_rows) / 2 + 0.5, scale_factor=2)
+        drawn_rows.append(draw(learner.pipe, [prompt.prompt for prompt in chosen], range(len(chosen)), SAMPLING))
+    large = torch.nn.functional.interpolate(torch.cat(drawn_rows) / 2 + 0.5, scale_factor=2)
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    to_pil_image(make_grid(shown_large.clamp(0, 1), nrow=len(chosen), padding=2, pad_value=0.4)).save(PICTURE)
-    print(*(row.label for row in ROWS[:6]), *(prompt.prompt for prompt in chosen), sep="\n")
+    to_pil_image(make_grid(large.clamp(0, 1), nrow=len(chosen), padding=2, pad_value=0.4)).save(PICTURE)
+    print(*(row.label for row in SHOWN), *(prompt.prompt for prompt in chosen), sep="\n")
 
 
 def main() -> None:
