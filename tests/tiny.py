@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from diffusers import SD3Transformer2DModel
+    from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     from lineate.models.dit import DiT
 
@@ -45,6 +45,54 @@ def sd3(**changes: Any) -> SD3Transformer2DModel:
         "pos_embed_max_size": 12,
     }  # fmt: skip
     return SD3Transformer2DModel(**geometry | changes).eval()
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def t5() -> tuple[Any, Any]:
+    """A T5 encoder of 20 channels, and its tokenizer, whose words are letters."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0), *((letter, -3.0) for letter in LETTERS)]
+    tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0)
+    config = T5Config(vocab_size=len(tokenizer), d_model=20, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    return T5EncoderModel(config).eval(), tokenizer
+
+
+def clip() -> tuple[Any, Any]:
+    """A CLIP text tower, projecting to 5 channels, and its tokenizer, whose words are letters."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+    words = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(letter + "</w>" for letter in LETTERS)]
+    tokenizer = CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=16)
+    config = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, projection_dim=5, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return CLIPTextModelWithProjection(config).eval(), tokenizer
+
+
+def autoencoder() -> AutoencoderKL:
+    """An autoencoder whose latents, of 4 channels, are as large as the picture."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(latent_channels=4, block_out_channels=(8,), norm_num_groups=2, sample_size=8, shift_factor=0.1).eval()
+
+
+def sd3_pipeline(**changes: Any) -> StableDiffusion3Pipeline:
+    """A whole SD3.5-Medium in the small, three text encoders and all; `changes` are the transformer's."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    geometry = {"num_layers": 3, "dual_attention_layers": (0,), "qk_norm": "rms_norm", "joint_attention_dim": 20}
+    (first, tokenizer), (second, tokenizer_2), (third, tokenizer_3) = clip(), clip(), t5()
+    pipeline = StableDiffusion3Pipeline(
+        transformer=sd3(**geometry | changes), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=autoencoder(),
+        text_encoder=first, tokenizer=tokenizer, text_encoder_2=second, tokenizer_2=tokenizer_2,
+        text_encoder_3=third, tokenizer_3=tokenizer_3,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

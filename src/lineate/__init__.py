@@ -5,15 +5,19 @@ keep it, `record` tells what was done. Importing this pulls in torch and no othe
 when a model of it is converted.
 """
 
+from importlib import import_module
+
 from lineate.autoclasses import watch_for_transformers
 from lineate.calibrate import CalibrationConfig, CalibrationResult, calibrate
 from lineate.checkpoint import load, save
 from lineate.convert import PRESETS, Conversion, ConversionRecord, convert, preset, record
+from lineate.imports import when_imported
 from lineate.layout import TokenLayout
 from lineate.released import from_released
 from lineate.version import __version__
 
 watch_for_transformers()
+when_imported("diffusers.quantizers.auto", lambda: import_module("lineate.reloading").register())
 
 __all__ = [
     "PRESETS",

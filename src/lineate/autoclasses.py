@@ -7,22 +7,12 @@ sooner than it would be anyway.
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import sys
-from collections.abc import Sequence
 from functools import cache
-from types import ModuleType
 from typing import Any, cast
 
-from lineate.convert import ConversionRecord, convert
+from lineate.convert import ReloadError, reconvert
 from lineate.families.hf_types import HOLDERS, TOWERS, own_type
-
-_LIST = "transformers.models.auto.configuration_auto"
-
-
-class ReloadError(ValueError):
-    """What `save_pretrained` wrote of a converted model does not fit the model that its config describes."""
+from lineate.imports import when_imported
 
 
 class _Converted:
@@ -30,9 +20,7 @@ class _Converted:
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        done = ConversionRecord.model_validate(config.lineate)
-        dropped = tuple(tensor for tensor in done.tensors if tensor.status == "dropped")
-        convert(self, done.conversion, interpolated=done.names("interpolated"), dropped=dropped, redrawn=done.names("new"))
+        reconvert(self, config.lineate)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -106,31 +94,9 @@ def _list_types() -> None:
         CONFIG_MAPPING.register(own_type(model_type), _Type(model_type), exist_ok=True)
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    """Finds transformers' list of types as ever, and has `_list_types` run after it."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        """The spec of that one module."""
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target) if name == _LIST else None
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
-
-            def run_and_list(module: ModuleType) -> None:
-                run(module)
-                _list_types()
-
-            spec.loader.exec_module = run_and_list  # type: ignore[method-assign]
-        return spec
-
-
 def watch_for_transformers() -> None:
     """Register now, or as soon as transformers' list of types is imported."""
-    if _LIST in sys.modules:
-        _list_types()
-    else:
-        sys.meta_path.insert(0, _Finder())
+    when_imported("transformers.models.auto.configuration_auto", _list_types)
 
 
 def __getattr__(name: str) -> Any:

@@ -35,6 +35,10 @@ class ConversionError(ValueError):
     """The conversion asked for cannot be made; the message names the value and the choices."""
 
 
+class ReloadError(ValueError):
+    """What a host's own library wrote of a converted model does not fit the conversion that it wrote beside."""
+
+
 class Conversion(CoreConfig):
     """A conversion: the core (`CoreConfig`), its sites, what of the host's weights to keep, a seed.
 
@@ -236,6 +240,13 @@ def convert(
     cast(Any, model).lineate_record = done
     family.sign(model, done.brief().model_dump(mode="json"))
     return model
+
+
+def reconvert(model: nn.Module, said: dict[str, Any]) -> nn.Module:
+    """Convert the host of a converted model, made anew by its own library, as `Family.sign` said there."""
+    done = ConversionRecord.model_validate(said)
+    dropped = tuple(tensor for tensor in done.tensors if tensor.status == "dropped")
+    return convert(model, done.conversion, interpolated=done.names("interpolated"), dropped=dropped, redrawn=done.names("new"))
 
 
 def _core(conversion: Conversion, site: AttentionSite) -> CoreAttention:

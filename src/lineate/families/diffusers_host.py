@@ -18,9 +18,15 @@ from lineate.families.base import AttentionSite, Geometry, GridTracker, Note, Un
 from lineate.families.denoiser import Denoiser
 from lineate.families.diffusers_attention import FUSED, ConvertedAttention, watch
 
-# Methods of diffusers' transformers that go over all attentions and would leave the converted ones out. Fusing also drops SD3.5's
-# q-k norms, whatever is converted.
-REFUSED = ("fuse_qkv_projections", "_load_ip_adapter_weights")
+METHOD = "lineate"  # what a converted model's config.json says its weights are read by; see `reloading.py`
+
+# Methods that a converted model cannot honour.
+_SOME = "it would change some of the attentions and leave the converted ones"
+_REFUSED = {
+    "fuse_qkv_projections": f"{_SOME}, and diffusers' fused attention leaves out the norms of queries and keys",
+    "_load_ip_adapter_weights": _SOME,
+}
+_QUANTISED = {"save_pretrained": "its host was quantised when it was loaded; convert and save the model as it was before that"}
 
 
 class DiffusersHost(Denoiser):
@@ -43,9 +49,6 @@ class DiffusersHost(Denoiser):
     def install(self, model: nn.Module, site: AttentionSite, core: CoreAttention, tracker: GridTracker) -> None:
         """Put a `ConvertedAttention` in the place of the host's."""
         model.set_submodule(site.name, ConvertedAttention(model.get_submodule(site.name), core, tracker))
-        for method in REFUSED:
-            if hasattr(model, method):
-                setattr(model, method, partial(_refuse, method))
 
     def describe(self, model: Any) -> dict[str, Any] | None:
         """Its class and config, where they still make the same modules."""
@@ -77,6 +80,14 @@ class DiffusersHost(Denoiser):
         """By the processors."""
         return fused_or_not(type(m.processor) in FUSED for m in model.modules() if isinstance(m, Attention))
 
+    def sign(self, model: Any, said: dict[str, Any]) -> None:
+        """In its config, as the method by which its weights are read. Puts refusals where it cannot honour what is asked."""
+        quantised = getattr(model, "is_quantized", False)
+        for method, reason in (_REFUSED | (_QUANTISED if quantised else {})).items():
+            setattr(model, method, partial(_refuse, method, reason))
+        if not quantised:
+            model.register_to_config(quantization_config={"quant_method": METHOD, "record": said})
 
-def _refuse(method: str, *args: Any, **kwargs: Any) -> NoReturn:
-    raise UnsupportedModelError(f"{method}() would change some attentions of a converted model and leave the others; refused")
+
+def _refuse(method: str, reason: str, *args: Any, **kwargs: Any) -> NoReturn:
+    raise UnsupportedModelError(f"a converted model cannot {method}(): {reason}")
