@@ -17,12 +17,10 @@ from diffusers import (
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
-    FirstBlockCacheConfig,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
 )
-from diffusers.hooks import HookRegistry, apply_first_block_cache
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -163,28 +161,6 @@ def test_other_processes_reload_it_with_lineate_and_fail_loudly_without(tmp_path
     *refusals, sites = say(WITHOUT)
     assert len(refusals) == 2 and all("Unknown quantization type, got lineate" in line for line in refusals)
     assert sites == "4" and say(WITH) == ["4"]
-
-
-def test_first_block_caching_does_with_a_converted_transformer_as_with_its_host() -> None:
-    pipeline = sd3_pipeline()
-    plain = picture(pipeline)
-
-    def cached(threshold: float) -> Tensor:
-        apply_first_block_cache(pipeline.transformer, FirstBlockCacheConfig(threshold=threshold))
-        hooks = HookRegistry.check_if_exists_or_initialize(pipeline.transformer)
-        hooks._set_context("both")  # diffusers' SD3 pipeline names none
-        try:
-            return picture(pipeline)
-        finally:
-            for block in pipeline.transformer.transformer_blocks:
-                HookRegistry.check_if_exists_or_initialize(block).reset_stateful_hooks(recurse=False)
-                for name in ("fbc_leader_block_hook", "fbc_block_hook"):
-                    block._diffusers_hook.remove_hook(name, recurse=False)
-
-    never, always = cached(0.0), cached(1e9)
-    assert torch.equal(never, plain) and not torch.equal(always, plain)
-    lineate.convert(pipeline.transformer, "softmax")
-    assert torch.equal(cached(1e9), always)
 
 
 def test_model_offload_hooks_run_a_converted_transformer_and_sequential_ones_fail_loudly() -> None:

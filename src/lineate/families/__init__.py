@@ -24,6 +24,7 @@ FAMILIES: dict[str, str] = {
     "transformers": "lineate.families.hf_vit:TransformersViT",
     "diffusers": "lineate.families.diffusers_dit:DiffusersDiT",
     "diffusers-sd3": "lineate.families.diffusers_sd3:DiffusersSD3",
+    "diffusers-intercepted": "lineate.families.diffusers_intercept:DiffusersIntercepted",
     "lineate": "lineate.families.dit:LineateDiT",
 }
 
