@@ -12,6 +12,8 @@ import torch
 from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel, Lumina2Transformer2DModel, WanTransformer3DModel
 from torch import Tensor, nn
 
+from lineate.calibrate import CalibrationConfig, calibrate
+from lineate.calls import Call, listening
 from lineate.convert import Conversion, convert, core_modules, preset, record
 from lineate.families import UnsupportedModelError
 from lineate.layout import LayoutError, TokenLayout
@@ -131,6 +133,16 @@ def test_first_block_caching_does_with_a_converted_transformer_as_with_its_host(
             run(m)
             outs.append(run(m, 4, 6, noise=1))
     assert torch.equal(outs[1], outs[3]) and not torch.equal(outs[0], outs[1])
+
+
+@pytest.mark.parametrize("make", [lumina, wan])
+def test_calibration_walks_the_blocks(make: Maker) -> None:
+    model = convert(make(), "sd35-t5-all")
+    calls: list[Call] = []
+    with listening([model], calls.append):
+        run(model)
+    result = calibrate(model, calls, config=CalibrationConfig(steps=10, batch=2, pool=2))
+    assert all(error.after < error.before for error in result.sites.values())
 
 
 def test_cpe_is_refused() -> None:

@@ -247,7 +247,27 @@ def test_fused_projections_and_ip_adapters_are_refused_before_and_after() -> Non
         convert(adapted, "sd35-t5")
     model = convert(medium(), "sd35-t5")
     for twin in (model, copy.deepcopy(model)):
-        with pytest.raises(UnsupportedModelError, match=r"fuse_qkv_projections\(\) would change some attentions"):
+        with pytest.raises(UnsupportedModelError, match=r"cannot fuse_qkv_projections\(\): it would change some"):
             twin.fuse_qkv_projections()
         with pytest.raises(UnsupportedModelError, match="_load_ip_adapter_weights"):
             twin._load_ip_adapter_weights({})
+
+
+@pytest.mark.parametrize(("name", "sites"), [("sd35-t5", 18), ("sd35-t5-all", 37)])
+def test_the_real_medium_gets_the_papers_sites_and_parameters(name: str, sites: int) -> None:
+    """On tensors without values. A site has two matrices D×D a head, and two convolutions of nine taps and a bias a channel."""
+    heads, dim, dual = 24, 64, tuple(range(13))
+    with torch.device("meta"):
+        model = SD3Transformer2DModel(
+            num_layers=24, attention_head_dim=dim, num_attention_heads=heads, caption_projection_dim=heads * dim,
+            pos_embed_max_size=384, dual_attention_layers=dual, qk_norm="rms_norm",
+        )  # fmt: skip
+    done = record(convert(model, name))
+    assert len(done.sites) == sites
+    joint = range(19, 24) if sites == 18 else range(24)
+    assert set(done.sites) == {
+        *(f"transformer_blocks.{i}.attn2" for i in dual),
+        *(f"transformer_blocks.{i}.attn" for i in joint),
+    }
+    assert done.count("new") == sites * (2 * heads * dim * dim + 2 * (9 + 1) * heads * dim)
+    assert done.count("dropped") == 0

@@ -11,13 +11,15 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 from diffusers.models.attention_processor import Attention
-from torch import nn
+from torch import Tensor, nn
 
+from lineate.calls import Call
 from lineate.core import CoreAttention
 from lineate.families.base import AttentionSite, Geometry, GridTracker, Note, UnsupportedModelError, fused_or_not
 from lineate.families.denoiser import Denoiser
 from lineate.families.diffusers_attention import FUSED, ConvertedAttention, watch
 
+_STREAMS = ("hidden_states", "encoder_hidden_states")  # image and text, as blocks call them
 METHOD = "lineate"  # what a converted model's config.json says its weights are read by; see `reloading.py`
 
 # Methods that a converted model cannot honour.
@@ -41,6 +43,20 @@ class DiffusersHost(Denoiser):
     def blocks(self, model: Any) -> list[nn.Module]:
         """`model.transformer_blocks`."""
         return list(model.transformer_blocks)
+
+    def block_input(self, call: Call) -> tuple[tuple[Tensor, ...], Call]:
+        """Image and text, where a block takes them by name."""
+        if not call.kwargs.keys() >= set(_STREAMS):
+            return super().block_input(call)
+        rest = {name: value for name, value in call.kwargs.items() if name not in _STREAMS}
+        return tuple(call.kwargs[name] for name in _STREAMS), Call(call.args, rest)
+
+    def run_block(self, block: nn.Module, streams: tuple[Tensor, ...], beside: Call) -> tuple[Tensor, ...]:
+        """A block of both gives (text, image), the text None where nobody reads it."""
+        if len(streams) == 1:
+            return super().run_block(block, streams, beside)
+        text, image = block(*beside.args, **beside.kwargs, **dict(zip(_STREAMS, streams, strict=True)))
+        return image, text
 
     def track(self, model: Any) -> GridTracker:
         """Hook the patchify convolution and every block."""

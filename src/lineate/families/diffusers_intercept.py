@@ -8,7 +8,8 @@ by the core. A call with a mask, a second call and none at all are errors, never
     Lumina 2  layers.{i}.attn (the refiners stay)        text, then image  latents over patches
     Wan       blocks.{i}.attn1                           T frames of h×w   T·h × w; no convolutions or windows if T > 1
 
-What is off the grid stands before it. Not offered: watching what passes, pickling (deepcopy works), compiling in one graph.
+What is off the grid stands before it. Not offered: watching what passes, pickling (deepcopy works), compiling in one graph, and
+calibrating Flux, whose places of tokens are taken for examples.
 
 Legend: B batch, H heads, N tokens, D head dim, h×w grid of one frame.
 """
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lineate.core import CoreAttention
-from lineate.families.base import AttentionSite, Call, Geometry, GridTracker, Note, UnsupportedModelError
+from lineate.families.base import AttentionSite, Geometry, GridTracker, Note, UnsupportedModelError
 from lineate.families.diffusers_host import DiffusersHost
 from lineate.layout import LayoutError, TokenLayout
 
@@ -76,9 +77,9 @@ class _Root(GridTracker):
 class _Interception(TorchFunctionMode):
     """Answers softmax attention by a core."""
 
-    def __init__(self, core: CoreAttention, tracker: _Root) -> None:
+    def __init__(self, core: CoreAttention, tracker: _Root, local: bool) -> None:
         super().__init__()
-        self.core, self.tracker, self.count = core, tracker, 0
+        self.core, self.tracker, self.local, self.count = core, tracker, local, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """As the host's own, or `core` in the place of softmax."""
@@ -108,8 +109,7 @@ class _Interception(TorchFunctionMode):
         }
         if refused := [name for name, asked in odd.items() if asked]:
             raise ValueError(f"a converted attention cannot honour {' or '.join(refused)}; prompts of one length need no mask")
-        config = self.core.config
-        if self.tracker.frames > 1 and (config.locality != "none" or config.neighborhood is not None):
+        if self.tracker.frames > 1 and self.local:
             raise ValueError(
                 f"{self.tracker.frames} frames are no grid for convolutions or windows; "
                 "convert with locality='none' and no neighborhood"
@@ -123,10 +123,11 @@ class _Intercepted:
 
     core: CoreAttention
     tracker: _Root
+    local: bool  # whether the core asks who is whose neighbor on the grid
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's."""
-        with _Interception(self.core, self.tracker) as interception:
+        with _Interception(self.core, self.tracker, self.local) as interception:
             out = super().forward(*args, **kwargs)  # type: ignore[misc]
         if interception.count != 1:
             raise RuntimeError(
@@ -177,13 +178,6 @@ class DiffusersIntercepted(DiffusersHost):
         """Those of every list."""
         return [block for blocks, _ in self._known(model)[1] for block in getattr(model, blocks)]
 
-    def onward(self, call: Call, output: Any) -> Call:
-        """Flux's blocks give (text, image) and take them by name; the others' are plain."""
-        if not isinstance(output, tuple):
-            return super().onward(call, output)
-        text, image = output
-        return call[0], call[1] | {"hidden_states": image, "encoder_hidden_states": text}
-
     def track(self, model: Any) -> GridTracker:
         """Hook the model itself and every block."""
         tracker = _Root(self._known(model)[0])
@@ -198,7 +192,9 @@ class DiffusersIntercepted(DiffusersHost):
             raise UnsupportedModelError(f"{site.name} cannot have locality 'cpe', which stands before the projections")
         attention: Any = model.get_submodule(site.name)
         attention.core, attention.tracker = core, tracker
-        attention.__class__ = _intercepted(type(attention))
+        attention.local = core.config.locality != "none" or core.config.neighborhood is not None
+        host: Any = type(attention)
+        attention.__class__ = _intercepted(host)
 
     def geometry(self, model: Any) -> Geometry:
         """In tokens: what a token is of the latents differs from pipeline to pipeline."""

@@ -13,9 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers import SD3Transformer2DModel
-from torch import Tensor, nn
 
-from lineate.calls import Call
 from lineate.families.base import AttentionSite
 from lineate.families.diffusers_attention import refusal
 from lineate.families.diffusers_host import DiffusersHost
@@ -35,18 +33,6 @@ class DiffusersSD3(DiffusersHost):
             for name in ("attn", "attn2")
             if getattr(block, name, None) is not None
         ]
-
-    def block_input(self, call: Call) -> tuple[tuple[Tensor, ...], Call]:
-        """Image and text, which a block takes by name."""
-        rest = dict(call.kwargs)
-        image, text = (rest.pop(name) for name in ("hidden_states", "encoder_hidden_states"))
-        return (image, text), Call(call.args, rest)
-
-    def run_block(self, block: nn.Module, streams: tuple[Tensor, ...], beside: Call) -> tuple[Tensor, ...]:
-        """A block gives (text, image), the text None where nobody reads it."""
-        image, text = streams
-        text, image = block(*beside.args, hidden_states=image, encoder_hidden_states=text, **beside.kwargs)
-        return image, text
 
 
 def _site(name: str, attention: Any) -> AttentionSite:

@@ -20,6 +20,7 @@ Legend: B batch, H heads, N tokens, D head dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -132,7 +133,7 @@ def ttt(
     if len(weights) != inner.matrices:
         raise ValueError(f"inner model {model!r} has {inner.matrices} matrices, got {len(weights)}")
     dtype = q.dtype
-    with torch.autocast(q.device.type, enabled=False):
+    with nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False):  # tensors without values have no autocast
         q, k, v = wide(q), wide(k), wide(v)
         start = [wide(w) for w in weights]
         step = k.shape[-1] ** -0.5 / k.shape[-2]
