@@ -14,7 +14,7 @@ import lineate
 # Everything that pyproject lists under an extra, and torchvision, which timm brings along.
 EXTRAS = [
     "timm", "torchvision", "transformers", "diffusers", "accelerate", "datasets", "peft",
-    "typer", "rich", "jinja2", "matplotlib", "onnx", "onnxruntime", "skimage", "sklearn", "PIL", "psutil",
+    "typer", "rich", "jinja2", "matplotlib", "onnx", "onnxruntime", "onnxscript", "skimage", "sklearn", "PIL", "psutil",
 ]  # fmt: skip
 SOURCE = Path(lineate.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))

@@ -16,6 +16,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from lineate.cli_calibrate import calibrate
+from lineate.cli_export import export
 from lineate.cli_fid import fid
 from lineate.cli_generate import generate
 from lineate.cli_options import (
@@ -64,6 +65,7 @@ def _expected() -> tuple[type[BaseException], ...]:
     from lineate.data import DataError
     from lineate.embedded import EmbeddedModelError
     from lineate.evaluate import EvaluationError
+    from lineate.export import ExportError
     from lineate.families import UnsupportedModelError
     from lineate.images import ImageError
     from lineate.prompts import PromptError
@@ -76,9 +78,9 @@ def _expected() -> tuple[type[BaseException], ...]:
     from lineate.train import TrainError
 
     return (
-        CalibrationError, CheckpointError, ConversionError, DataError, EmbeddedModelError, EvaluationError, GenerateError,
-        ImageError, PromptError, ReleasedError, ReportError, RunError, SettingsError, ShapesError, SourceError, TrainError,
-        UnsupportedModelError, ValidationError, ModuleNotFoundError, OSError,
+        CalibrationError, CheckpointError, ConversionError, DataError, EmbeddedModelError, EvaluationError, ExportError,
+        GenerateError, ImageError, PromptError, ReleasedError, ReportError, RunError, SettingsError, ShapesError, SourceError,
+        TrainError, UnsupportedModelError, ValidationError, ModuleNotFoundError, OSError,
     )  # fmt: skip
 
 
@@ -118,7 +120,7 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (calibrate, generate, fid, prompts, geneval, dpg, shapes):
+for command in (calibrate, generate, fid, prompts, geneval, dpg, shapes, export):
     app.command()(command)
 
 

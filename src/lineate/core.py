@@ -107,6 +107,9 @@ class CoreAttention(nn.Module):
     ) -> Float[Tensor, "B H N D"]:
         """Scale and offset, key norm, locality, mixer, neighborhood branch; the module docstring has the equations."""
         layout.check(k.shape[-2])
+        return self._attend(q, k, v, layout)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
         mixed_q, mixed_k = q, k
         if self.config.qk_affine:
             mixed_q = q * self.q_scale[:, None] + self.q_offset[:, None]
@@ -138,19 +141,26 @@ class CoreAttention(nn.Module):
 
     def _join(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
         """Mix neighborhood attention into the grid tokens, and answer the tokens outside exactly, where the config says so."""
-        sizes = (layout.prefix, layout.grid_tokens, layout.suffix)
+        sizes = (layout.prefix, out.shape[-2] - layout.prefix - layout.suffix, layout.suffix)
         outside = layout.prefix + layout.suffix > 0
         exact = self.config.outside == "exact" and outside
         if self.config.neighborhood is None and not exact:
             return out
         first, grid, last = out.split(sizes, dim=-2)
         if self.config.neighborhood is not None:
-            window, learned = self.config.neighborhood.window, self.config.neighborhood.mix == "learned"
+            learned = self.config.neighborhood.mix == "learned"
             mix = self.mix_logit.sigmoid().view(-1, 1, 1).to(out.dtype) if learned else 0.5
-            q_grid = q.split(sizes, dim=-2)[1]
-            near = neighborhood_attention(q_grid, k, v, layout.height, layout.width, window, layout.prefix).to(out.dtype)
-            grid = torch.lerp(grid, near, mix)
+            near = self._near(q.split(sizes, dim=-2)[1], k, v, layout, self.config.neighborhood.window)
+            grid = torch.lerp(grid, near.to(out.dtype), mix)
         if exact:
-            first, last = (x.to(out.dtype) for x in attend_outside(q, k, v, layout))
+            first, last = (x.to(out.dtype) for x in self._outside(q, k, v, layout))
         # Laid out as the host reads it: tokens before heads.
         return torch.cat([x.transpose(1, 2) for x in (first, grid, last)], dim=1).transpose(1, 2) if outside else grid
+
+    def _near(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, window: int) -> Tensor:
+        """What the windows answer the grid's queries (B, H, h·w, D)."""
+        return neighborhood_attention(q, k, v, layout.height, layout.width, window, layout.prefix)
+
+    def _outside(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        """What softmax attention answers the tokens before the grid, and those behind it."""
+        return attend_outside(q, k, v, layout)

@@ -38,17 +38,29 @@ class LinearConfig(Frozen):
     name: Literal["linear"] = "linear"
 
 
-class Linear(TokenMixer):
+class KernelMixer(TokenMixer):
+    """Linear attention on features of the queries and of the keys, each token's by itself."""
+
+    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """φ(q), φ(k) ≥ 0, (B, H, N, E) each."""
+        raise NotImplementedError
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
+        """(B, H, N, D) x 3 -> (B, H, N, D)."""
+        return linear_attention(*self.features(q, k), v)
+
+
+class Linear(KernelMixer):
     """Linear attention with φ = elu + 1. No parameters."""
 
     config_type = LinearConfig
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
-        """(B, H, N, D) x 3 -> (B, H, N, D)."""
-        return linear_attention(_elu(q), _elu(k), v)
+    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """φ of the tokens themselves."""
+        return _elu(q), _elu(k)
 
 
-class _Mapped(TokenMixer):
+class _Mapped(KernelMixer):
     """Linear attention on φ(q·A), φ(k·B); A and B are learned, (H, D, D) or shared by the heads (1, D, D)."""
 
     def __init__(self, config: Frozen, heads: int, head_dim: int, maps: int) -> None:
@@ -67,11 +79,10 @@ class _Mapped(TokenMixer):
         """φ of mapped x (B, H, N, D)."""
         raise NotImplementedError
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
-        """(B, H, N, D) x 3 -> (B, H, N, D)."""
+    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """φ of the mapped tokens."""
         with torch.autocast(q.device.type, enabled=False):
-            q, k = wide(q) @ wide(self.q_map), wide(k) @ wide(self.k_map)
-            return linear_attention(self.feature(q), self.feature(k), v)
+            return self.feature(wide(q) @ wide(self.q_map)), self.feature(wide(k) @ wide(self.k_map))
 
 
 class ProjQKConfig(Frozen):

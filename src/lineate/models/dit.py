@@ -232,7 +232,9 @@ class DiT(nn.Module):
         return self._unpatchify(self.final_layer(x, condition), grid)
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
-        return self.pos_embed if grid == self.grid else grid_positions(self.pos_embed.shape[-1], grid, self.grid)
+        # A model that is exported takes any grid, and computes its own one's too.
+        own = not torch.compiler.is_exporting() and grid == self.grid
+        return self.pos_embed if own else grid_positions(self.pos_embed.shape[-1], grid, self.grid)
 
     def _unpatchify(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, N, p·p·channels) -> (B, channels, h, w): `pixel_shuffle`, whose channels stand outermost."""

@@ -12,6 +12,7 @@ Legend: B batch, H heads, N tokens, D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from jaxtyping import Float
@@ -22,15 +23,30 @@ from lineate.ops.precision import wide
 KeyNorm = Literal["instance", "instance-no-std", "instance-no-mean", "layer", "rms", "none"]
 
 
-def normalise_keys(k: Float[Tensor, "B H N D"], kind: KeyNorm, eps: float) -> Float[Tensor, "B H N D"]:
-    """Norm the keys; statistics in fp32, result in k's dtype. Source: module docstring."""
+def mean_token(x: Tensor) -> Tensor:
+    """The mean over the tokens, (B, H, N, D) -> (B, H, 1, D)."""
+    return x.mean(-2, keepdim=True)
+
+
+def mean_channel(x: Tensor) -> Tensor:
+    """The mean over a token's own channels, (B, H, N, D) -> (B, H, N, 1)."""
+    return x.mean(-1, keepdim=True)
+
+
+def normalise_keys(
+    k: Float[Tensor, "B H N D"], kind: KeyNorm, eps: float, over_tokens: Callable[[Tensor], Tensor] = mean_token
+) -> Float[Tensor, "B H N D"]:
+    """Norm the keys; statistics in fp32, result in k's dtype. Source: module docstring.
+
+    `over_tokens` takes the mean over the tokens: who holds a part of them has to ask the others.
+    """
     if kind == "none":
         return k
     x = wide(k)
-    axis = -1 if kind in ("layer", "rms") else -2
+    mean = mean_channel if kind in ("layer", "rms") else over_tokens
     # Mean and mean square in two passes: exact as a two-pass variance is, and cheaper than var_mean on a CPU.
-    centred = x if kind == "rms" else x - x.mean(axis, keepdim=True)
+    centred = x if kind == "rms" else x - mean(x)
     if kind == "instance-no-std":
         return centred.to(k.dtype)
-    scale = (centred.square().mean(axis, keepdim=True) + eps).rsqrt()
+    scale = (mean(centred.square()) + eps).rsqrt()
     return ((x if kind == "instance-no-mean" else centred) * scale).to(k.dtype)

@@ -20,9 +20,9 @@ Legend: B batch, H heads, N tokens, D head dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +42,8 @@ def _error(v: Tensor, loss: InnerLoss, predict: Callable[[], Tensor]) -> Tensor:
 
 
 def _silu(z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """silu(z), and g -> g ⊙ silu'(z): fused where nothing can be differentiated through it."""
-    if not torch.is_grad_enabled():
+    """silu(z), and g -> g ⊙ silu'(z): fused where nothing can be differentiated through it, but no operator of ONNX."""
+    if not torch.is_grad_enabled() and not torch.compiler.is_exporting():
         return F.silu(z), lambda g: torch.ops.aten.silu_backward(g, z)
     sigmoid = torch.sigmoid(z)
     silu = z * sigmoid
@@ -115,6 +115,40 @@ INNER: dict[InnerModel, Inner] = {
 }
 
 
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast turned off on x's device; tensors without values have none."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def ttt_gradients(
+    k: Float[Tensor, "B H N D"],
+    v: Float[Tensor, "B H N D"],
+    weights: Sequence[Float[Tensor, "H D D"]],
+    model: InnerModel = "swiglu",
+    loss: InnerLoss = "inner-product",
+) -> tuple[Float[Tensor, "B H D D"], ...]:
+    """∂(L/c)/∂W of every matrix, in fp32: sums over the tokens, so that those of a sequence's parts add up to its own."""
+    inner = INNER[model]
+    if len(weights) != inner.matrices:
+        raise ValueError(f"inner model {model!r} has {inner.matrices} matrices, got {len(weights)}")
+    with _without_autocast(k):
+        return inner.gradients(wide(k), wide(v), [wide(w) for w in weights], loss)
+
+
+def ttt_apply(
+    q: Float[Tensor, "B H N D"],
+    weights: Sequence[Float[Tensor, "H D D"]],
+    gradients: Sequence[Float[Tensor, "B H D D"]],
+    tokens: int,
+    model: InnerModel = "swiglu",
+) -> Float[Tensor, "B H N D"]:
+    """f_W'(q) with W' = W - c·`gradients`, which are sums over `tokens` tokens; in q's dtype."""
+    with _without_autocast(q):
+        step = q.shape[-1] ** -0.5 / tokens  # inside: torch.export hands no SymFloat into such a region
+        fitted = [wide(w) - step * g for w, g in zip(weights, gradients, strict=True)]
+        return INNER[model].apply(wide(q), fitted).to(q.dtype)
+
+
 def ttt(
     q: Float[Tensor, "B H N D"],
     k: Float[Tensor, "B H N D"],
@@ -129,14 +163,4 @@ def ttt(
     Half-precision inputs are computed in fp32 (bf16 products lose most of what depends on the data).
     Source: module docstring.
     """
-    inner = INNER[model]
-    if len(weights) != inner.matrices:
-        raise ValueError(f"inner model {model!r} has {inner.matrices} matrices, got {len(weights)}")
-    dtype = q.dtype
-    with nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False):  # tensors without values have no autocast
-        q, k, v = wide(q), wide(k), wide(v)
-        start = [wide(w) for w in weights]
-        step = k.shape[-1] ** -0.5 / k.shape[-2]
-        gradients = inner.gradients(k, v, start, loss)
-        fitted = [w - step * g for w, g in zip(start, gradients, strict=True)]
-        return inner.apply(q, fitted).to(dtype)
+    return ttt_apply(q, weights, ttt_gradients(k, v, weights, model, loss), k.shape[-2], model)

@@ -1,0 +1,88 @@
+"""A model and its conversion as ONNX graphs under onnxruntime on the CPU: latency by picture size, taking turns.
+
+    python benchmarks/exported.py                                       the embedded ViT-S/14 and t5: results/exported.json
+    python benchmarks/exported.py --preset t5-2layer --sizes 224,518 --out exported-2layer.json
+
+Both graphs are written by `lineate.export`, which checks them against the models first. Weights matter to no timing:
+where the embedded model is not installed, timm's architecture stands in with random ones, and the result says so. A minute or
+two for the graphs and as much for the timings, on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy
+import onnxruntime
+import torch
+
+from lineate import runs
+from lineate.embedded import EmbeddedModelError
+from lineate.export import export
+from lineate.linearize import Pair, load_pair
+from lineate.settings import parse_sizes, read_settings
+
+RESULTS = Path(__file__).parent / "results" / "exported.json"
+STAND_IN = "timm:vit_small_patch14_dinov2"
+
+
+def pair(preset: str) -> Pair:
+    conversion = read_settings(preset_name=preset).conversion
+    try:
+        return load_pair("embedded", conversion)
+    except EmbeddedModelError as error:
+        print(f"{error}; timing {STAND_IN} with random weights")
+        return load_pair(STAND_IN, conversion, scratch=0)
+
+
+def session(file: Path, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def timings(sessions: dict[str, onnxruntime.InferenceSession], size: tuple[int, int], repeats: int) -> dict[str, Any]:
+    """Medians in ms after one untimed pass, the graphs taking turns."""
+    pictures = numpy.random.default_rng(0).standard_normal((1, 3, *size), dtype=numpy.float32)
+    found: dict[str, list[float]] = {name: [] for name in sessions}
+    for turn in range(repeats + 1):
+        for name, run in sessions.items():
+            start = time.perf_counter()
+            run.run(None, {"pixel_values": pictures})
+            if turn:
+                found[name].append((time.perf_counter() - start) * 1e3)
+    row: dict[str, Any] = {"height": size[0], "width": size[1], "repeats": repeats}
+    for name, times in found.items():
+        low, median, high = numpy.quantile(times, (0.25, 0.5, 0.75))
+        row |= {f"{name}_ms": float(median), f"{name}_iqr_ms": float(high - low)}
+    return row | {"speedup": row["original_ms"] / row["converted_ms"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="t5")
+    parser.add_argument("--sizes", type=parse_sizes, default=parse_sizes("224,518,742,1022"))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    models = pair(args.preset)
+    with tempfile.TemporaryDirectory() as folder:
+        graphs = {name: Path(folder) / f"{name}.onnx" for name in ("original", "converted")}
+        agreement = {name: max(row.error for row in export(getattr(models, name), file)) for name, file in graphs.items()}
+        sessions = {name: session(file, args.threads) for name, file in graphs.items()}
+        rows = []
+        for size in args.sizes:
+            rows.append(timings(sessions, size, args.repeats))
+            print(*(f"{key} {value:.4g}" for key, value in rows[-1].items()), flush=True)
+    versions = {"onnxruntime": onnxruntime.__version__, "threads": args.threads}
+    about = {"source": models.source.name, "preset": args.preset, "created": runs.now(), "relative_error": agreement}
+    runs.write_json(args.out, about | {"rows": rows, "environment": runs.environment(torch.device("cpu")) | versions})
+
+
+if __name__ == "__main__":
+    main()
