@@ -44,10 +44,8 @@ def session(file: Path) -> Callable[[str, Tensor], Tensor]:
     return lambda name, x: torch.from_numpy(loaded.run([name], {"pixel_values": x.numpy()})[0])
 
 
-def test_onnx_of_a_classifier_with_windows_has_its_three_outputs_at_any_size(
-    tiny_vit: Callable[..., nn.Module], tmp_path: Path
-) -> None:
-    model = stirred(convert(tiny_vit(depth=1), "t5-plus"))
+def test_onnx_of_a_classifier_has_its_three_outputs_at_any_size(tiny_vit: Callable[..., nn.Module], tmp_path: Path) -> None:
+    model = stirred(convert(tiny_vit(depth=1), "t5"))
     file = tmp_path / "model.onnx"
     agreements = export(model, file, outputs=("logits", "last_hidden_state", "class_token"))
     assert sizes(agreements) == [(16, 40), (40, 16), (32, 32)]
@@ -77,7 +75,7 @@ def test_onnx_of_a_tower_of_transformers(tmp_path: Path) -> None:
 
 
 def test_torch_export_of_a_denoiser_at_any_size(tmp_path: Path) -> None:
-    model = convert(dit(depth=1), "dit5")
+    model = convert(dit(depth=1), "dit5-nonat")
     assert sizes(export(model, tmp_path / "model.pt2", format="torch")) == [(4, 8), (10, 4), (8, 6)]
     program = torch.export.load(tmp_path / "model.pt2").module()
     inputs = torch.randn(3, 3, 26, 34), torch.tensor([3.0, 50.0, 977.0]), torch.tensor([4, 0, 1])
@@ -88,6 +86,12 @@ def test_torch_export_of_a_denoiser_at_any_size(tmp_path: Path) -> None:
 def test_torch_export_of_a_model_of_one_size(tiny_vit: Callable[..., nn.Module], tmp_path: Path) -> None:
     model = convert(tiny_vit(depth=1, img_size=(32, 40), dynamic_img_size=False), "t5")
     assert sizes(export(model, tmp_path / "model.pt2", format="torch")) == [(32, 40)]
+
+
+@pytest.mark.parametrize("preset", ["t5-plus", "clear", "neighborhood", "swa"])
+def test_windows_are_refused_where_the_size_is_free(tiny_vit: Callable[..., nn.Module], tmp_path: Path, preset: str) -> None:
+    with pytest.raises(ExportError, match=r"blocks\.0\.attn attends inside windows, .* choices: a conversion without"):
+        export(convert(tiny_vit(depth=1), preset), tmp_path / "model.pt2", format="torch")
 
 
 def test_a_file_that_disagrees_is_not_left_there(

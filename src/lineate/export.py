@@ -4,8 +4,8 @@
     latents (B, C, h, w), times (B,), classes (B,)  ->  prediction (B, C', h, w)                         lineate's own DiT
 
 B, h and w are free where the model takes any size (two or more patches a side), and position embeddings are interpolated inside
-the file. Before a file appears it is run (an ONNX graph by onnxruntime) at three sizes, beside the model: where they disagree
-there is no file. `last_hidden_state` is after the last norm, `class_token` its first token. Tracing is torch.export's non-strict
+the file; windows are refused then. Before a file appears it is run (an ONNX graph by onnxruntime) at three sizes, beside the
+model: where they disagree there is no file. `last_hidden_state` is after the last norm, `class_token` its first token. Tracing is torch.export's non-strict
 mode: the grid reaches the cores through hooks, which strict mode does not follow.
 
 Legend: B batch, N tokens, C channels, h×w px.
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from lineate.convert import core_modules
 from lineate.evaluate import evaluating
 from lineate.families import Features, Geometry, detect
 from lineate.version import __version__
@@ -37,6 +38,7 @@ OUTPUTS: dict[str, Callable[[Features], Tensor | None]] = {
     "last_hidden_state": lambda found: found.tokens,
     "class_token": lambda found: found.tokens[:, 0],
 }
+WINDOWED = ("clear", "neighborhood", "swa")  # mixers that cut the tokens into tiles
 NEEDS = ("onnx", "onnxscript", "onnxruntime")  # for ONNX
 TOLERANCE = 1e-4  # ‖file - model‖ / ‖model‖ of each output; different orders of summation in fp32 are at about 1e-6
 Runner = Callable[..., Sequence[Tensor]]
@@ -105,6 +107,8 @@ def _call(model: Any, outputs: Sequence[str]) -> _Call:
     """How `model` is called. Raises `ExportError` for outputs that it does not have."""
     family = detect(model)
     geometry = family.geometry(model)
+    if geometry.any_size:
+        _check_windows(model)
     found = partial(_Call, patch=geometry.patch, sizes=_sizes(geometry))
     if family.name == "lineate":
         channels, labels = model.x_embedder.proj.in_channels, model.y_embedder.classes
@@ -117,6 +121,16 @@ def _call(model: Any, outputs: Sequence[str]) -> _Call:
     absent = {"logits": probe.logits is None, "class_token": not geometry.class_token}
     chosen = _chosen(outputs, [name for name in OUTPUTS if not absent.get(name)])
     return found(_Pictures(model, chosen), ("pixel_values",), chosen, lambda b, h, w: (torch.randn(b, 3, h, w),))
+
+
+def _check_windows(model: nn.Module) -> None:
+    """Raise `ExportError` for attention in tiles of the grid: their number would have to be free too, and traces fix it."""
+    for site, core in core_modules(model).items():
+        if core.config.neighborhood is not None or core.config.mixer.name in WINDOWED:
+            raise ExportError(
+                f"{site} attends inside windows, which can be exported for one size only; choices: a conversion without, such as "
+                "t5, or a model built for one size"
+            )
 
 
 def _chosen(outputs: Sequence[str], names: list[str]) -> tuple[str, ...]:

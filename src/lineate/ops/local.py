@@ -35,7 +35,7 @@ class Axis(NamedTuple):
 def cut(length: int, window: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows of queries (T, P), padded by repeating the last, and of the keys within window // 2 of them (T, S), on the grid."""
     tile = max(_SMALLEST_TILE, window // 2)
-    block = torch.sym_min(tile + window - 1, length)
+    block = min(tile + window - 1, length)
     start = torch.arange(0, length, tile, device=device)[:, None]
     queries = (start + torch.arange(tile, device=device)).clamp(max=length - 1)
     return queries, (start - window // 2).clamp(0, length - block) + torch.arange(block, device=device)

@@ -53,10 +53,10 @@ def _by_natten(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, window:
 
 
 def _windows(length: int, window: int, device: torch.device) -> Axis:
+    window = min(window, length)
     queries, keys = cut(length, window, device)
-    seen = torch.sym_min(window, length)
-    low = (queries - window // 2).clamp(0, length - seen)[:, :, None]
-    return Axis(length, queries, keys, ((keys[:, None] < low) | (keys[:, None] >= low + seen)).int())
+    low = (queries - window // 2).clamp(0, length - window)[:, :, None]
+    return Axis(length, queries, keys, ((keys[:, None] < low) | (keys[:, None] >= low + window)).int())
 
 
 def neighborhood_attention(
