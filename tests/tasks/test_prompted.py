@@ -43,6 +43,7 @@ def refused(*arguments: Any) -> str:
     return str(last)
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_draws(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     found = call("train", "shapes", "--data", data, "--out", run, "--preset", "sd35-t5", "--recipe", "sd35-t5", *QUICK)
@@ -62,6 +63,7 @@ def test_a_run_learns_and_draws(data: Path, tmp_path: Path) -> None:
     assert len(drawn[0]) == 2 and all(a.read_bytes() == b.read_bytes() for a, b in zip(*drawn, strict=True))
 
 
+@pytest.mark.slow
 def test_calibrated_then_taught_by_the_original_alone(data: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("a red cross\ntwo squares\n", encoding="utf-8")
@@ -75,6 +77,7 @@ def test_calibrated_then_taught_by_the_original_alone(data: Path, tmp_path: Path
     assert losses["loss"] == losses["teacher"] > 0 and losses["flow"] > 0
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_it_never_was(data: Path, tmp_path: Path) -> None:
     asked = ("train", "shapes", "--data", data, "--recipe", "sd35-t5", *QUICK, "--cache", tmp_path / "cache")
     assert call(*asked, "--out", tmp_path / "whole").exit_code == 0
