@@ -1,0 +1,284 @@
+"""Which kernels run in which order, on how many programs, and what lies in memory between them.
+
+forward     statistics(k) · convolve(k) -> k̂ · gradients(k̂, v) -> parts · fit -> U · answers(q) -> o
+backward    convolve(k), convolve(q) again · gradients(q̂, ∂o) -> Γ · query_gradients -> ∂q̂ · key_gradients -> ∂k̂, ∂v ·
+            weight_gradients -> parts · convolve_backward, norm_backward -> ∂q, ∂k
+
+Kept for the backward are q, k, v and, per head, U and a few sums; k̂ and q̂ are made again. Nothing here differentiates: `op` does.
+
+Legend: B batch, H heads, N tokens, D head dim, M matrices of the inner model (in, out, gate).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lineate.kernels import convolution, step
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+class Chunks(NamedTuple):
+    """How a head dimension is cut: chunks of the features, chunks of one slice of the hidden width, slices."""
+
+    features: tuple[int, ...]
+    hidden: tuple[int, ...]
+    slices: int = 1
+
+
+CHUNKS: dict[int, Chunks] = {
+    32: Chunks((32,), (32,)),
+    64: Chunks((64,), (64,)),
+    72: Chunks((64, 16), (64, 16)),
+    80: Chunks((64, 16), (64, 16)),
+    96: Chunks((64, 32), (64, 32)),
+    128: Chunks((128,), (64,), 2),
+}
+# Tiles of the kernels that only move tokens: tokens a tile, channels a block.
+_MOVE = {"BT": 64, "BC": 32}
+# `convolve_backward` keeps twelve sums in registers, so its tiles are small.
+_SUM = {"BT": 32, "BC": 32}
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors; few in the interpreter, where programs run one after the other."""
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def splits(tokens: int, tile: int, programs: int, device: torch.device) -> int:
+    """Into how many parts a sum over tokens is cut, so that two programs come to each multiprocessor."""
+    return max(1, min(-(-tokens // tile), 2 * _processors(device) // programs))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One call: its tensors' sizes, where the grid lies, and the options that each kernel is compiled with."""
+
+    q: Tensor
+    height: int
+    width: int
+    first: int
+    eps: float | None
+    gated: bool
+    l2: bool
+
+    @property
+    def operand(self) -> torch.dtype:
+        """What the products' operands are rounded to; k̂, q̂ and U are kept in it."""
+        return torch.float32 if self.q.dtype == torch.float32 else torch.float16
+
+    @property
+    def heads(self) -> int:
+        """B·H, the first axis of every grid: neighbours in memory run at the same time."""
+        return self.q.shape[0] * self.q.shape[1]
+
+    @property
+    def matrices(self) -> int:
+        """M."""
+        return 3 if self.gated else 2
+
+    def options(self, walks: bool) -> dict[str, Any]:
+        """Compile-time arguments of `step`'s kernels; `walks` says that the kernel walks over tokens."""
+        return options(self.q.shape[3], self.q.dtype, self.gated, walks)
+
+    def splits(self, tile: int, blocks: int) -> int:
+        """Parts of a sum over the tokens in `blocks` programs a head."""
+        return splits(self.q.shape[2], tile, self.heads * blocks, self.q.device)
+
+    def tiles(self, tile: int) -> int:
+        """Tiles of that many tokens."""
+        return -(-self.q.shape[2] // tile)
+
+    def blocks(self, size: int) -> int:
+        """Blocks of that many channels."""
+        return -(-self.q.shape[3] // size)
+
+    def tokens(self, dtype: torch.dtype) -> Tensor:
+        """An empty (B, H, N, D), dense."""
+        return self.q.new_empty(self.q.shape, dtype=dtype)
+
+
+def options(dim: int, dtype: torch.dtype, gated: bool, walks: bool) -> dict[str, Any]:
+    """Compile-time arguments of a kernel in `step` for this head dimension and type of input."""
+    cut = CHUNKS[dim]
+    half = dtype != torch.float32
+    precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return {
+        "D": dim,
+        "CHUNKS": cut.features,
+        "HIDDEN": cut.hidden,
+        "SLICES": cut.slices,
+        "BT": 64 if half else 32,
+        "OP": tl.float16 if half else tl.float32,
+        "GATED": gated,
+        "FAST": half and not INTERPRETED,
+        "num_warps": 4 if dim <= 64 else 8,
+        "num_stages": 2 if walks else 1,
+        **({} if INTERPRETED else {"default_dot_input_precision": precision}),
+    }
+
+
+def like_tokens(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty (B, H, N, D) that lies in memory as (B, N, H, D), which the host's output projection reads without a copy."""
+    batch, heads, tokens, dim = x.shape
+    return x.new_empty((batch, tokens, heads, dim), dtype=dtype or x.dtype).transpose(1, 2)
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def _dense_columns(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _statistics(task: Task, k: Tensor) -> Tensor:
+    """Parts of the sums that the key norm needs, (B, H, S, 2, D); none without a norm."""
+    batch, heads, tokens, dim = k.shape
+    if task.eps is None:
+        return k.new_empty(0, dtype=torch.float32)
+    blocks = task.blocks(_MOVE["BC"])
+    parts = task.splits(_MOVE["BT"], blocks)
+    sums = k.new_empty((batch, heads, parts, 2, dim), dtype=torch.float32)
+    grid = (task.heads, parts, blocks)
+    convolution.statistics[grid](k, sums, tokens, heads, *_strides(k), parts, D=dim, **_MOVE)
+    return sums
+
+
+def _convolved(task: Task, x: Tensor, taps: Tensor | None, sums: Tensor | None) -> Tensor:
+    """x̂ as operands; x itself where nothing is to be done."""
+    if taps is None and sums is None:
+        return x
+    _, heads, tokens, dim = x.shape
+    out = task.tokens(task.operand)
+    grid = (task.heads, task.tiles(_MOVE["BT"]), task.blocks(_MOVE["BC"]))
+    place = (task.first, task.height, task.width)
+    norm_splits = 1 if sums is None else sums.shape[2]
+    convolution.convolve[grid](
+        x, taps, sums, out, task.eps or 0.0, tokens, heads, *place, *_strides(x), norm_splits, D=dim, **_MOVE, num_stages=1
+    )
+    return out
+
+
+def _gradients(task: Task, x: Tensor, e: Tensor, weights: Tensor, unit: Tensor | None) -> Tensor:
+    """Parts of the gradients by W, (B, H, S, M, D, D); `weights` are (H, M, D, D) or, a model a sample, (B, H, M, D, D)."""
+    batch, heads, tokens, dim = x.shape
+    options = task.options(walks=True)
+    parts = task.splits(options["BT"], options["SLICES"])
+    out = x.new_empty((batch, heads, parts, task.matrices, dim, dim), dtype=torch.float32)
+    stride = weights.stride(0) if weights.ndim == 5 else 0
+    step.gradients[task.heads, parts, options["SLICES"]](
+        x, e, weights, unit, out, tokens, heads, *_strides(x), *_strides(e), stride, parts,
+        L2=task.l2 and unit is None, **options,
+    )  # fmt: skip
+    return out
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, weights: Tensor, q_taps: Tensor | None, k_taps: Tensor | None,
+    height: int, width: int, first: int, eps: float | None, l2: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(o, U, sums): the answers, each sample's fitted model (B, H, M, D, D), and the sums of the key norm; see `op`."""
+    batch, heads, tokens, dim = q.shape
+    task = Task(q, height, width, first, eps, weights.shape[1] == 3, l2)
+    q, k, v = _dense_columns(q), _dense_columns(k), _dense_columns(v)
+    sums = _statistics(task, k)
+    keys = _convolved(task, k, k_taps, sums if sums.numel() else None)
+    parts = _gradients(task, keys, v, weights, None)
+    fitted = q.new_empty((batch, heads, task.matrices, dim, dim), dtype=task.operand)
+    size, block = task.matrices * dim * dim, 1024
+    c = dim**-0.5 / tokens
+    step.fit[task.heads, -(-size // block)](weights, parts, fitted, c, heads, parts.shape[2], SIZE=size, BLOCK=block)
+    out = like_tokens(q)
+    options = task.options(walks=False)
+    step.answers[task.heads, task.tiles(options["BT"])](
+        q, q_taps, fitted, out, tokens, heads, first, height, width, *_strides(q), *_strides(out), **options
+    )
+    return out, fitted, sums
+
+
+def _unit(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The largest entry of each head, as a power of two; one where all are zero."""
+    peak = torch.linalg.vector_norm(x, float("inf"), dims).float()
+    return torch.exp2(torch.where(peak > 0, peak, 1.0).log2().floor())
+
+
+def _convolved_backward(
+    task: Task, x: Tensor, taps: Tensor | None, sums: Tensor | None, gradient: Tensor, unit: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(∂x, ∂taps) from ∂x̂ / unit, through convolution and norm."""
+    batch, heads, tokens, dim = x.shape
+    parts = task.splits(_SUM["BT"], task.blocks(_SUM["BC"]))
+    totals = x.new_empty((batch, heads, parts, 12, dim), dtype=torch.float32)
+    norm_splits = 1 if sums is None else sums.shape[2]
+    out = like_tokens(x)
+    target = out if sums is None else task.tokens(task.operand)
+    place, eps = (task.first, task.height, task.width), task.eps or 0.0
+    grid = (task.heads, parts, task.blocks(_SUM["BC"]))
+    convolution.convolve_backward[grid](
+        x, taps, sums, gradient, unit, target, totals, eps, tokens, heads, *place,
+        *_strides(x), *_strides(target), parts, norm_splits, D=dim, **_SUM, num_stages=1,
+    )  # fmt: skip
+    if sums is not None:
+        grid = (task.heads, task.tiles(_MOVE["BT"]), task.blocks(_MOVE["BC"]))
+        convolution.norm_backward[grid](
+            x, sums, target, totals, unit, out, eps, tokens, heads, *_strides(x), *_strides(out), parts, norm_splits,
+            D=dim, **_MOVE, num_stages=1,
+        )  # fmt: skip
+    return out, (totals[..., :10, :].sum(2) * unit[..., None, None]).sum(0)
+
+
+def backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, q_taps: Tensor | None, k_taps: Tensor | None,
+    fitted: Tensor, sums: Tensor, height: int, width: int, first: int, eps: float | None, l2: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(∂q, ∂k, ∂v, ∂weights, ∂q_taps, ∂k_taps), the last two (H, 10, D) and empty without a convolution."""
+    _, heads, tokens, dim = q.shape
+    task = Task(q, height, width, first, eps, weights.shape[1] == 3, l2)
+    q, k, v, do = (_dense_columns(x) for x in (q, k, v, do))
+    norm = sums if eps is not None else None
+    queries, keys = _convolved(task, q, q_taps, None), _convolved(task, k, k_taps, norm)
+
+    unit = _unit(do, (-2, -1))
+    gamma = _gradients(task, queries, do, fitted, unit).sum(2)
+    options = task.options(walks=False)
+    grid = (task.heads, task.tiles(options["BT"]))
+    dq = like_tokens(q) if q_taps is None else task.tokens(task.operand)
+    step.query_gradients[grid](
+        queries, do, fitted, unit, dq, tokens, heads, *_strides(queries), *_strides(do), *_strides(dq),
+        FINAL=q_taps is None, **options,
+    )  # fmt: skip
+    dq_taps = q.new_empty(0, dtype=torch.float32)
+    if q_taps is not None:
+        dq, dq_taps = _convolved_backward(task, q, q_taps, None, dq, unit)
+    del queries
+
+    peak = _unit(gamma, (-3, -2, -1))
+    small = (gamma / peak[..., None, None, None]).to(task.operand)
+    key_unit = unit * peak * (dim**-0.5 / tokens)
+    plain = k_taps is None and norm is None
+    dk, dv = like_tokens(k) if plain else task.tokens(task.operand), like_tokens(v)
+    operands = weights.to(task.operand)
+    step.key_gradients[grid](
+        keys, v, operands, small, key_unit, dk, dv, tokens, heads, *_strides(keys), *_strides(v), *_strides(dk), *_strides(dv),
+        FINAL=plain, L2=l2, **options,
+    )  # fmt: skip
+    options = task.options(walks=True)
+    splits = task.splits(options["BT"], options["SLICES"])
+    parts = q.new_empty((*gamma.shape[:2], splits, *gamma.shape[2:]), dtype=torch.float32)
+    step.weight_gradients[task.heads, splits, options["SLICES"]](
+        keys, v, operands, small, parts, tokens, heads, *_strides(keys), *_strides(v), splits, L2=l2, **options
+    )
+    d_weights = (gamma * unit[..., None, None, None] - parts.sum(2) * key_unit[..., None, None, None]).sum(0)
+    dk_taps = q.new_empty(0, dtype=torch.float32)
+    if not plain:
+        dk, dk_taps = _convolved_backward(task, k, k_taps, norm, dk, key_unit)
+    return dq, dk, dv, d_weights.to(weights.dtype), dq_taps, dk_taps
