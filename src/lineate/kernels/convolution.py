@@ -12,7 +12,7 @@ Tokens are a flat sequence: a tile finds the row and the column of each of its t
 the grid are tokens like the others. Its three rows of neighbours come from the caches. Every sum over tokens is split over
 programs, each of which writes its part; whoever needs the sum adds the parts in order, so that results repeat bit by bit.
 
-Legend: as in `tiles`; BC channels a block, taps (H, 10, D): nine taps and the bias; `first` the grid's first token; sums (B, H, S, 2, D) parts of
+Legend: as in `tiles`; BC channels a block; taps (H, 10, D), nine and the bias; `first` the grid's first token; sums (B, H, 2, D) are
 Σ(x - x₀) and Σ(x - x₀)², shifted by the first token since keys far from zero would lose their variance to rounding.
 """
 
@@ -56,20 +56,16 @@ def statistics(x, sums, N, H, xb, xh, xn, SPLITS, D: tl.constexpr, BT: tl.conste
 
 
 @triton.jit
-def norm(x, sums, eps, bh, N, SPLITS, channel, D: tl.constexpr):
+def norm(x, sums, eps, bh, N, channel, D: tl.constexpr):
     """Mean and 1/deviation of these channels; 0 and 1 without a norm (`sums` None)."""
     mean = tl.zeros(channel.shape, tl.float32)
     scale = mean + 1.0
     if sums is not None:
-        once = mean
-        twice = mean
-        sums += tl.cast(bh, tl.int64) * SPLITS * 2 * D + channel
-        for split in range(SPLITS):
-            once += tl.load(sums + split * 2 * D, mask=channel < D, other=0.0)
-            twice += tl.load(sums + split * 2 * D + D, mask=channel < D, other=0.0)
-        once /= N
+        sums += bh * 2 * D + channel
+        once = tl.load(sums, mask=channel < D, other=0.0) / N
+        twice = tl.load(sums + D, mask=channel < D, other=0.0) / N
         mean = once + tl.load(x + channel, mask=channel < D, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.maximum(twice / N - once * once, 0.0) + eps)
+        scale = tl.rsqrt(tl.maximum(twice - once * once, 0.0) + eps)
     return mean[None, :], scale[None, :]
 
 
@@ -96,23 +92,24 @@ def convolved(x, taps, mean, scale, t0, xn, N, first, height, width, channel, D:
     out = tl.where(inside, tl.load(here, mask=inside, other=0.0).to(tl.float32) - mean, 0.0)
     if taps is None:
         return out * scale
-    r, c, grid = place(t0 + row, first, height, width)
-    taps += channel
-    sum = out * tl.load(taps + 4 * D, mask=channel < D, other=0.0)[None, :]
-    for dy in tl.static_range(-1, 2):
-        for dx in tl.static_range(-1, 2):
-            if dy != 0 or dx != 0:
-                mask = neighbour(r, c, grid, dy, dx, height, width)[:, None] & columns
-                tap = tl.load(taps + (4 + 3 * dy + dx) * D, mask=channel < D, other=0.0)[None, :]
-                tile = tl.load(here + (dy * width + dx) * xn, mask=mask, other=0.0).to(tl.float32)
-                sum += tl.where(mask, tile - mean, 0.0) * tap
-    bias = tl.load(taps + 9 * D, mask=channel < D, other=0.0)[None, :]
-    return tl.where(grid[:, None], sum * scale + bias, out * scale)
+    else:
+        r, c, grid = place(t0 + row, first, height, width)
+        taps += channel
+        sum = out * tl.load(taps + 4 * D, mask=channel < D, other=0.0)[None, :]
+        for dy in tl.static_range(-1, 2):
+            for dx in tl.static_range(-1, 2):
+                if dy != 0 or dx != 0:
+                    mask = neighbour(r, c, grid, dy, dx, height, width)[:, None] & columns
+                    tap = tl.load(taps + (4 + 3 * dy + dx) * D, mask=channel < D, other=0.0)[None, :]
+                    tile = tl.load(here + (dy * width + dx) * xn, mask=mask, other=0.0).to(tl.float32)
+                    sum += tl.where(mask, tile - mean, 0.0) * tap
+        bias = tl.load(taps + 9 * D, mask=channel < D, other=0.0)[None, :]
+        return tl.where(grid[:, None], sum * scale + bias, out * scale)
 
 
 @triton.jit
 def convolve(
-    x, taps, sums, out, eps, N, H, first, height, width, xb, xh, xn, SPLITS,
+    x, taps, sums, out, eps, N, H, first, height, width, xb, xh, xn,
     D: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """x̂ of one tile and block of channels, dense (B, H, N, D)."""
@@ -120,7 +117,7 @@ def convolve(
     x = head_of(x, bh, H, xb, xh)
     if taps is not None:
         taps += (bh % H) * 10 * D
-    mean, scale = norm(x, sums, eps, bh, N, SPLITS, channel, D)
+    mean, scale = norm(x, sums, eps, bh, N, channel, D)
     tile = convolved(x, taps, mean, scale, t0, xn, N, first, height, width, channel, D, BT)
     row = t0 + tl.arange(0, BT)
     out += tl.cast(bh, tl.int64) * N * D + row[:, None] * D + channel[None, :]
@@ -129,7 +126,7 @@ def convolve(
 
 @triton.jit
 def convolve_backward(
-    x, taps, sums, gradient, unit, out, parts, eps, N, H, first, height, width, xb, xh, xn, ob, oh, on, SPLITS, NORM_SPLITS,
+    x, taps, sums, gradient, unit, out, parts, eps, N, H, first, height, width, xb, xh, xn, ob, oh, on, SPLITS,
     D: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """From `gradient` = ∂x̂: g = ∂y, and this split's parts (12, D) of ∂taps, ∂bias, Σg and Σ g ⊙ y.
@@ -140,7 +137,7 @@ def convolve_backward(
     x = head_of(x, bh, H, xb, xh)
     out = head_of(out, bh, H, ob, oh)
     gradient += tl.cast(bh, tl.int64) * N * D
-    mean, scale = norm(x, sums, eps, bh, N, NORM_SPLITS, channel, D)
+    mean, scale = norm(x, sums, eps, bh, N, channel, D)
     columns = (channel < D)[None, :]
     factor = 1.0 if sums is not None else tl.load(unit + bh)
     if taps is not None:
@@ -182,14 +179,14 @@ def convolve_backward(
 
 @triton.jit
 def norm_backward(
-    x, sums, g, parts, unit, out, eps, N, H, xb, xh, xn, ob, oh, on, SPLITS, NORM_SPLITS,
+    x, sums, g, parts, unit, out, eps, N, H, xb, xh, xn, ob, oh, on, SPLITS,
     D: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """∂x of one tile and block of channels, times `unit`, from g and the parts that `convolve_backward` left."""
     bh, t0, channel = tl.program_id(0), tl.program_id(1) * BT, tl.program_id(2) * BC + tl.arange(0, BC)
     x = head_of(x, bh, H, xb, xh)
     out = head_of(out, bh, H, ob, oh)
-    mean, scale = norm(x, sums, eps, bh, N, NORM_SPLITS, channel, D)
+    mean, scale = norm(x, sums, eps, bh, N, channel, D)
     g_sum = tl.zeros((BC,), tl.float32)
     gy_sum = tl.zeros((BC,), tl.float32)
     parts += tl.cast(bh, tl.int64) * SPLITS * 12 * D + channel

@@ -41,21 +41,37 @@ CHUNKS: dict[int, Chunks] = {
     96: Chunks((64, 32), (64, 32)),
     128: Chunks((128,), (64,), 2),
 }
+# Tokens a tile and warps: what compiles with few spills. Matrix instructions of sm_90 want 64 tokens; the second order has too
+# much to hold for that.
+TILES = {
+    "gradients": (64, 4),
+    "answers": (64, 8),
+    "query_gradients": (64, 4),
+    "key_gradients": (32, 4),
+    "weight_gradients": (32, 4),
+}
+WALKS = ("gradients", "weight_gradients")
 # Tiles of the kernels that only move tokens: tokens a tile, channels a block.
 _MOVE = {"BT": 64, "BC": 32}
+MOST_TOKENS = 65535 * 32  # the second axis of a grid, in tiles
 # `convolve_backward` keeps twelve sums in registers, so its tiles are small.
 _SUM = {"BT": 32, "BC": 32}
 
 
 @cache
 def _processors(device: torch.device) -> int:
-    """Multiprocessors; few in the interpreter, where programs run one after the other."""
-    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+    """Multiprocessors; few where there is no GPU and the interpreter runs one program after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def splits(tokens: int, tile: int, programs: int, device: torch.device) -> int:
     """Into how many parts a sum over tokens is cut, so that two programs come to each multiprocessor."""
     return max(1, min(-(-tokens // tile), 2 * _processors(device) // programs))
+
+
+def operand(dtype: torch.dtype) -> torch.dtype:
+    """What products are made of for inputs of this type."""
+    return torch.float32 if dtype == torch.float32 else torch.float16
 
 
 @dataclass(frozen=True)
@@ -73,7 +89,7 @@ class Task:
     @property
     def operand(self) -> torch.dtype:
         """What the products' operands are rounded to; k̂, q̂ and U are kept in it."""
-        return torch.float32 if self.q.dtype == torch.float32 else torch.float16
+        return operand(self.q.dtype)
 
     @property
     def heads(self) -> int:
@@ -85,9 +101,9 @@ class Task:
         """M."""
         return 3 if self.gated else 2
 
-    def options(self, walks: bool) -> dict[str, Any]:
-        """Compile-time arguments of `step`'s kernels; `walks` says that the kernel walks over tokens."""
-        return options(self.q.shape[3], self.q.dtype, self.gated, walks)
+    def options(self, kernel: str) -> dict[str, Any]:
+        """Compile-time arguments of a kernel in `step`."""
+        return options(kernel, self.q.shape[3], self.q.dtype, self.gated)
 
     def splits(self, tile: int, blocks: int) -> int:
         """Parts of a sum over the tokens in `blocks` programs a head."""
@@ -106,22 +122,23 @@ class Task:
         return self.q.new_empty(self.q.shape, dtype=dtype)
 
 
-def options(dim: int, dtype: torch.dtype, gated: bool, walks: bool) -> dict[str, Any]:
+def options(kernel: str, dim: int, dtype: torch.dtype, gated: bool) -> dict[str, Any]:
     """Compile-time arguments of a kernel in `step` for this head dimension and type of input."""
     cut = CHUNKS[dim]
     half = dtype != torch.float32
+    tile, warps = TILES[kernel]
     precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     return {
         "D": dim,
         "CHUNKS": cut.features,
         "HIDDEN": cut.hidden,
         "SLICES": cut.slices,
-        "BT": 64 if half else 32,
+        "BT": tile if half and dim <= 64 else 32,
         "OP": tl.float16 if half else tl.float32,
         "GATED": gated,
         "FAST": half and not INTERPRETED,
-        "num_warps": 4 if dim <= 64 else 8,
-        "num_stages": 2 if walks else 1,
+        "num_warps": warps if half and dim <= 64 else 8,
+        "num_stages": 2 if kernel in WALKS else 1,
         **({} if INTERPRETED else {"default_dot_input_precision": precision}),
     }
 
@@ -141,16 +158,16 @@ def _dense_columns(x: Tensor) -> Tensor:
 
 
 def _statistics(task: Task, k: Tensor) -> Tensor:
-    """Parts of the sums that the key norm needs, (B, H, S, 2, D); none without a norm."""
+    """The sums that the key norm needs, (B, H, 2, D); zeros without a norm."""
     batch, heads, tokens, dim = k.shape
     if task.eps is None:
-        return k.new_empty(0, dtype=torch.float32)
+        return k.new_zeros((batch, heads, 2, dim), dtype=torch.float32)
     blocks = task.blocks(_MOVE["BC"])
     parts = task.splits(_MOVE["BT"], blocks)
     sums = k.new_empty((batch, heads, parts, 2, dim), dtype=torch.float32)
     grid = (task.heads, parts, blocks)
     convolution.statistics[grid](k, sums, tokens, heads, *_strides(k), parts, D=dim, **_MOVE)
-    return sums
+    return sums.sum(2)
 
 
 def _convolved(task: Task, x: Tensor, taps: Tensor | None, sums: Tensor | None) -> Tensor:
@@ -161,9 +178,8 @@ def _convolved(task: Task, x: Tensor, taps: Tensor | None, sums: Tensor | None) 
     out = task.tokens(task.operand)
     grid = (task.heads, task.tiles(_MOVE["BT"]), task.blocks(_MOVE["BC"]))
     place = (task.first, task.height, task.width)
-    norm_splits = 1 if sums is None else sums.shape[2]
     convolution.convolve[grid](
-        x, taps, sums, out, task.eps or 0.0, tokens, heads, *place, *_strides(x), norm_splits, D=dim, **_MOVE, num_stages=1
+        x, taps, sums, out, task.eps or 0.0, tokens, heads, *place, *_strides(x), D=dim, **_MOVE, num_stages=1
     )
     return out
 
@@ -171,7 +187,7 @@ def _convolved(task: Task, x: Tensor, taps: Tensor | None, sums: Tensor | None) 
 def _gradients(task: Task, x: Tensor, e: Tensor, weights: Tensor, unit: Tensor | None) -> Tensor:
     """Parts of the gradients by W, (B, H, S, M, D, D); `weights` are (H, M, D, D) or, a model a sample, (B, H, M, D, D)."""
     batch, heads, tokens, dim = x.shape
-    options = task.options(walks=True)
+    options = task.options("gradients")
     parts = task.splits(options["BT"], options["SLICES"])
     out = x.new_empty((batch, heads, parts, task.matrices, dim, dim), dtype=torch.float32)
     stride = weights.stride(0) if weights.ndim == 5 else 0
@@ -191,14 +207,14 @@ def forward(
     task = Task(q, height, width, first, eps, weights.shape[1] == 3, l2)
     q, k, v = _dense_columns(q), _dense_columns(k), _dense_columns(v)
     sums = _statistics(task, k)
-    keys = _convolved(task, k, k_taps, sums if sums.numel() else None)
+    keys = _convolved(task, k, k_taps, None if eps is None else sums)
     parts = _gradients(task, keys, v, weights, None)
     fitted = q.new_empty((batch, heads, task.matrices, dim, dim), dtype=task.operand)
     size, block = task.matrices * dim * dim, 1024
     c = dim**-0.5 / tokens
     step.fit[task.heads, -(-size // block)](weights, parts, fitted, c, heads, parts.shape[2], SIZE=size, BLOCK=block)
     out = like_tokens(q)
-    options = task.options(walks=False)
+    options = task.options("answers")
     step.answers[task.heads, task.tiles(options["BT"])](
         q, q_taps, fitted, out, tokens, heads, first, height, width, *_strides(q), *_strides(out), **options
     )
@@ -218,19 +234,18 @@ def _convolved_backward(
     batch, heads, tokens, dim = x.shape
     parts = task.splits(_SUM["BT"], task.blocks(_SUM["BC"]))
     totals = x.new_empty((batch, heads, parts, 12, dim), dtype=torch.float32)
-    norm_splits = 1 if sums is None else sums.shape[2]
     out = like_tokens(x)
     target = out if sums is None else task.tokens(task.operand)
     place, eps = (task.first, task.height, task.width), task.eps or 0.0
     grid = (task.heads, parts, task.blocks(_SUM["BC"]))
     convolution.convolve_backward[grid](
         x, taps, sums, gradient, unit, target, totals, eps, tokens, heads, *place,
-        *_strides(x), *_strides(target), parts, norm_splits, D=dim, **_SUM, num_stages=1,
+        *_strides(x), *_strides(target), parts, D=dim, **_SUM, num_stages=1,
     )  # fmt: skip
     if sums is not None:
         grid = (task.heads, task.tiles(_MOVE["BT"]), task.blocks(_MOVE["BC"]))
         convolution.norm_backward[grid](
-            x, sums, target, totals, unit, out, eps, tokens, heads, *_strides(x), *_strides(out), parts, norm_splits,
+            x, sums, target, totals, unit, out, eps, tokens, heads, *_strides(x), *_strides(out), parts,
             D=dim, **_MOVE, num_stages=1,
         )  # fmt: skip
     return out, (totals[..., :10, :].sum(2) * unit[..., None, None]).sum(0)
@@ -249,7 +264,7 @@ def backward(
 
     unit = _unit(do, (-2, -1))
     gamma = _gradients(task, queries, do, fitted, unit).sum(2)
-    options = task.options(walks=False)
+    options = task.options("query_gradients")
     grid = (task.heads, task.tiles(options["BT"]))
     dq = like_tokens(q) if q_taps is None else task.tokens(task.operand)
     step.query_gradients[grid](
@@ -267,11 +282,13 @@ def backward(
     plain = k_taps is None and norm is None
     dk, dv = like_tokens(k) if plain else task.tokens(task.operand), like_tokens(v)
     operands = weights.to(task.operand)
+    options = task.options("key_gradients")
+    grid = (task.heads, task.tiles(options["BT"]))
     step.key_gradients[grid](
         keys, v, operands, small, key_unit, dk, dv, tokens, heads, *_strides(keys), *_strides(v), *_strides(dk), *_strides(dv),
         FINAL=plain, L2=l2, **options,
     )  # fmt: skip
-    options = task.options(walks=True)
+    options = task.options("weight_gradients")
     splits = task.splits(options["BT"], options["SLICES"])
     parts = q.new_empty((*gamma.shape[:2], splits, *gamma.shape[2:]), dtype=torch.float32)
     step.weight_gradients[task.heads, splits, options["SLICES"]](

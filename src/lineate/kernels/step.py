@@ -59,7 +59,8 @@ def at_hidden(x, e, m, GATED: tl.constexpr, FAST: tl.constexpr):
     if GATED:
         gate = into(x, m[2])
         return times(value, gate), times(times(d, gate), slope), times(d, value)
-    return value, times(d, slope), None
+    else:  # Triton compiles both returns unless they are branches
+        return value, times(d, slope), None
 
 
 @triton.jit
@@ -200,8 +201,9 @@ def second_order(k, e, de, m, g, GATED: tl.constexpr, L2: tl.constexpr, FAST: tl
         d_gate = plus(times(times(turn, slope), d), times(dm, value))
         d_in = plus(times(times(turn, curvature), times(d, gate)), times(plus(times(push, d), times(dm, gate)), slope))
         return times(value, gate), along, d_in, d_gate, times(times(d, gate), slope), times(d, value)
-    d_in = plus(times(times(turn, curvature), d), times(dm, slope))
-    return value, times(turn, slope), d_in, None, times(d, slope), None
+    else:
+        d_in = plus(times(times(turn, curvature), d), times(dm, slope))
+        return value, times(turn, slope), d_in, None, times(d, slope), None
 
 
 @triton.jit
