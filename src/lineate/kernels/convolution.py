@@ -19,11 +19,13 @@ Legend: as in `tiles`; BC channels a block; taps (H, 10, D), nine and the bias; 
 import triton
 import triton.language as tl
 
+from lineate.kernels.tiles import aligned
+
 
 @triton.jit
 def head_of(p, bh, H, batch_stride, head_stride):
     """Where head bh % H of sample bh // H begins."""
-    return p + tl.cast(bh // H, tl.int64) * batch_stride + tl.cast(bh % H, tl.int64) * head_stride
+    return p + tl.cast(bh // H, tl.int64) * aligned(batch_stride) + tl.cast(bh % H, tl.int64) * aligned(head_stride)
 
 
 @triton.jit
@@ -37,7 +39,7 @@ def part_of(N, BT: tl.constexpr, split, SPLITS):
 def statistics(x, sums, N, H, xb, xh, xn, SPLITS, D: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
     """This split's part of the shifted sums, for a block of channels."""
     bh, split, channel = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BC + tl.arange(0, BC)
-    x = head_of(x, bh, H, xb, xh)
+    x, xn = head_of(x, bh, H, xb, xh), aligned(xn)
     inside = channel < D
     shift = tl.load(x + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
     once = tl.zeros((BT, BC), tl.float32)
@@ -85,6 +87,7 @@ def neighbour(y, x, grid, dy, dx, height, width):
 @triton.jit
 def convolved(x, taps, mean, scale, t0, xn, N, first, height, width, channel, D: tl.constexpr, BT: tl.constexpr):
     """x̂ for BT tokens from t0 on and a block of channels, in fp32; `taps` (None: no convolution) are those of the head."""
+    xn = aligned(xn)
     row = tl.arange(0, BT)
     columns = (channel < D)[None, :]
     here = x + tl.cast(t0, tl.int64) * xn + row[:, None] * xn + channel[None, :]
@@ -134,8 +137,8 @@ def convolve_backward(
     Without a norm g is ∂x already and is stored times `unit`, (B, H); see `backward`.
     """
     bh, split, channel = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BC + tl.arange(0, BC)
-    x = head_of(x, bh, H, xb, xh)
-    out = head_of(out, bh, H, ob, oh)
+    x, xn = head_of(x, bh, H, xb, xh), aligned(xn)
+    out, on = head_of(out, bh, H, ob, oh), aligned(on)
     gradient += tl.cast(bh, tl.int64) * N * D
     mean, scale = norm(x, sums, eps, bh, N, channel, D)
     columns = (channel < D)[None, :]
@@ -184,8 +187,8 @@ def norm_backward(
 ):  # fmt: skip
     """∂x of one tile and block of channels, times `unit`, from g and the parts that `convolve_backward` left."""
     bh, t0, channel = tl.program_id(0), tl.program_id(1) * BT, tl.program_id(2) * BC + tl.arange(0, BC)
-    x = head_of(x, bh, H, xb, xh)
-    out = head_of(out, bh, H, ob, oh)
+    x, xn = head_of(x, bh, H, xb, xh), aligned(xn)
+    out, on = head_of(out, bh, H, ob, oh), aligned(on)
     mean, scale = norm(x, sums, eps, bh, N, channel, D)
     g_sum = tl.zeros((BC,), tl.float32)
     gy_sum = tl.zeros((BC,), tl.float32)

@@ -153,8 +153,10 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2)
 
 
-def _dense_columns(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _readable(x: Tensor) -> Tensor:
+    """x where the kernels can read 16 bytes at a time, as views of a projection are; else a copy."""
+    aligned = x.stride(-1) == 1 and all(stride % 8 == 0 for stride in x.stride()[:3]) and x.storage_offset() % 8 == 0
+    return x if aligned else x.contiguous()
 
 
 def _statistics(task: Task, k: Tensor) -> Tensor:
@@ -205,7 +207,7 @@ def forward(
     """(o, U, sums): the answers, each sample's fitted model (B, H, M, D, D), and the sums of the key norm; see `op`."""
     batch, heads, tokens, dim = q.shape
     task = Task(q, height, width, first, eps, weights.shape[1] == 3, l2)
-    q, k, v = _dense_columns(q), _dense_columns(k), _dense_columns(v)
+    q, k, v = _readable(q), _readable(k), _readable(v)
     sums = _statistics(task, k)
     keys = _convolved(task, k, k_taps, None if eps is None else sums)
     parts = _gradients(task, keys, v, weights, None)
@@ -258,7 +260,7 @@ def backward(
     """(∂q, ∂k, ∂v, ∂weights, ∂q_taps, ∂k_taps), the last two (H, 10, D) and empty without a convolution."""
     _, heads, tokens, dim = q.shape
     task = Task(q, height, width, first, eps, weights.shape[1] == 3, l2)
-    q, k, v, do = (_dense_columns(x) for x in (q, k, v, do))
+    q, k, v, do = (_readable(x) for x in (q, k, v, do))
     norm = sums if eps is not None else None
     queries, keys = _convolved(task, q, q_taps, None), _convolved(task, k, k_taps, norm)
 

@@ -74,7 +74,7 @@ def gradients(
     x = head_of(x, bh, H, xb, xh)
     e = head_of(e, bh, H, eb, eh)
     count: tl.constexpr = 3 if GATED else 2
-    weights = head_of(weights, bh, H, wb, count * D * D)
+    weights += tl.cast(bh // H, tl.int64) * wb + (bh % H) * count * D * D
     m = matrices(weights, piece, D, CHUNKS, HIDDEN, GATED, OP)
     factor = -1.0 if unit is None else 1.0 / tl.load(unit + bh)
     g_in = empty_matrix(CHUNKS, HIDDEN)

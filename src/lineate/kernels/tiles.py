@@ -20,6 +20,12 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def aligned(stride):
+    """A stride, known to be a multiple of eight so that loads are of 16 bytes; `launch` sees to it."""
+    return tl.multiple_of(stride, 8)
+
+
 @triton.constexpr_function
 def start(chunks, i):
     """Where chunk i begins."""
@@ -37,6 +43,7 @@ def tokens(p, t0, stride, N, D: tl.constexpr, CHUNKS: tl.constexpr, BT: tl.const
     """The tile of BT tokens from t0 on, zeros behind token N."""
     row = tl.arange(0, BT)
     inside = (t0 + row < N)[:, None]
+    stride = aligned(stride)
     p += tl.cast(t0, tl.int64) * stride
     x = ()
     for i in tl.static_range(len(CHUNKS)):
@@ -51,6 +58,7 @@ def put_tokens(p, x, t0, stride, N, D: tl.constexpr, CHUNKS: tl.constexpr, BT: t
     """Store a tile, except what is behind token N."""
     row = tl.arange(0, BT)
     inside = (t0 + row < N)[:, None]
+    stride = aligned(stride)
     p += tl.cast(t0, tl.int64) * stride
     for i in tl.static_range(len(CHUNKS)):
         column = start(CHUNKS, i) + tl.arange(0, CHUNKS[i])
@@ -81,22 +89,37 @@ def matrix(p, piece, D: tl.constexpr, CHUNKS: tl.constexpr, HIDDEN: tl.constexpr
     return w
 
 
+@triton.constexpr_function
+def lies(rows, columns):
+    """Whether a block of a sum is kept transposed: matrix instructions take 64 rows, and narrow chunks can be columns."""
+    return rows < columns
+
+
 @triton.jit
 def put_matrix(p, w, piece, D: tl.constexpr, CHUNKS: tl.constexpr, HIDDEN: tl.constexpr):
-    """Store one slice of a dense D×D matrix."""
+    """Store one slice of a sum that `outer` made in a dense D×D matrix."""
     for i in tl.static_range(len(CHUNKS)):
         r = start(CHUNKS, i) + tl.arange(0, CHUNKS[i])
         for j in tl.static_range(len(HIDDEN)):
             c = piece * start(HIDDEN, len(HIDDEN)) + start(HIDDEN, j) + tl.arange(0, HIDDEN[j])
-            tl.store(p + r[:, None] * D + c[None, :], w[i][j], mask=(r < D)[:, None] & (c < D)[None, :])
+            if lies(CHUNKS[i], HIDDEN[j]):
+                tl.store(p + r[None, :] * D + c[:, None], w[i][j], mask=(r < D)[None, :] & (c < D)[:, None])
+            else:
+                tl.store(p + r[:, None] * D + c[None, :], w[i][j], mask=(r < D)[:, None] & (c < D)[None, :])
 
 
 @triton.jit
 def empty_matrix(CHUNKS: tl.constexpr, HIDDEN: tl.constexpr):
-    """A slice of zeros to add to."""
+    """A slice of zeros for `outer` to add to."""
     w = ()
     for i in tl.static_range(len(CHUNKS)):
-        w = w + (blank(CHUNKS[i], HIDDEN),)
+        row = ()
+        for j in tl.static_range(len(HIDDEN)):
+            if lies(CHUNKS[i], HIDDEN[j]):
+                row = row + (tl.zeros((HIDDEN[j], CHUNKS[i]), tl.float32),)
+            else:
+                row = row + (tl.zeros((CHUNKS[i], HIDDEN[j]), tl.float32),)
+        w = w + (row,)
     return w
 
 
@@ -140,7 +163,11 @@ def outer(x, h, acc):
     for i in tl.static_range(len(x)):
         row = ()
         for j in tl.static_range(len(h)):
-            row = row + (tl.dot(tl.trans(x[i]), h[j].to(x[i].dtype), acc=acc[i][j]),)
+            y = h[j].to(x[i].dtype)
+            if lies(x[i].shape[1], y.shape[1]):
+                row = row + (tl.dot(tl.trans(y), x[i], acc=acc[i][j]),)
+            else:
+                row = row + (tl.dot(tl.trans(x[i]), y, acc=acc[i][j]),)
         w = w + (row,)
     return w
 

@@ -2,7 +2,7 @@
 
     o_i = softmax(q_i·K_S(i)ᵀ / √D)·V_S(i),   CLEAR: S(i) = {j : Δy² + Δx² < r²}, and every token off the grid
 
-Exact and eager. The grid is cut into tiles of queries; the keys that a tile can see form one small block, so each tile is a
+Exact and eager; on CUDA, FlexAttention computes the discs. The grid is cut into tiles of queries; the keys that a tile can see form one small block, so each tile is a
 dense masked attention made of matrix products: a few times more multiplications than the operator needs, yet far faster on a CPU
 than one shifted pass over memory for each key of a neighbourhood. A tile is half a window wide where that is more than the
 smallest: blocks then stay within nine times their tiles, and memory linear in N whatever the radius.
@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from lineate.ops import flex
 
 _SMALLEST_TILE = 8
 
@@ -53,17 +55,21 @@ def _tiles(x: Tensor, index: Tensor) -> Tensor:
     return gathered.view(batch * len(index), -1, heads, dim).transpose(1, 2)
 
 
+def check_grid(q: Tensor, k: Tensor, height: int, width: int, first: int) -> None:
+    """Raise `ValueError` unless the queries are a height×width grid and the keys hold it from token `first` on."""
+    tokens, total = q.shape[-2], k.shape[-2]
+    if tokens != height * width or not 0 <= first <= total - tokens:
+        raise ValueError(f"{tokens} queries and {total} keys, the grid from {first} on, do not fit a {height}×{width} grid")
+
+
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, rows: Axis, columns: Axis, limit: int, first: int) -> Tensor:
     """Softmax attention where a query sees the keys whose `far` of rows and of columns add up to less than `limit`.
 
     Shapes: q (B, H, N, D), row-major grid; k, v (B, H, M, D), the grid's from token `first` on; tokens that they hold before and
-    after the grid are seen by every query. Returns (B, H, N, D). Raises `ValueError` if the tokens do not fit the grid.
+    after the grid are seen by every query. Returns (B, H, N, D).
     """
     (batch, heads, tokens, dim), total, device = q.shape, k.shape[-2], q.device
-    height, width = rows.length, columns.length
-    if tokens != height * width or not 0 <= first <= total - tokens:
-        raise ValueError(f"{tokens} queries and {total} keys, the grid from {first} on, do not fit a {height}×{width} grid")
-    query, key = (_flat(y, x, width) for y, x in ((rows.queries, columns.queries), (rows.keys, columns.keys)))
+    query, key = (_flat(y, x, columns.length) for y, x in ((rows.queries, columns.queries), (rows.keys, columns.keys)))
     far = rows.far[:, None, :, None, :, None] + columns.far[None, :, None, :, None, :]
     mask = (far < limit).flatten(0, 1).flatten(1, 2).flatten(2)
     key = key + first
@@ -90,6 +96,13 @@ def _squares(length: int, radius: int, device: torch.device) -> Axis:
     return Axis(length, queries, keys, (queries[:, :, None] - keys[:, None]).square())
 
 
+def in_disc(numbers: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """S(i) above as FlexAttention asks for it: `numbers` are height, width, radius, first."""
+    _, width, radius, _ = numbers.unbind()
+    row, column, grid = flex.on_grid(numbers, key)
+    return ((query // width - row) ** 2 + (query % width - column) ** 2 < radius**2) | ~grid
+
+
 def radius_attention(
     q: Float[Tensor, "B H N D"],
     k: Float[Tensor, "B H M D"],
@@ -107,5 +120,8 @@ def radius_attention(
     """
     if radius < 1:
         raise ValueError(f"radius must be at least 1, got {radius}")
+    check_grid(q, k, height, width, first)
+    if flex.takes(q, k, v):
+        return flex.attend(q, k, v, in_disc, height, width, radius, first)
     rows, columns = (_squares(length, radius, q.device) for length in (height, width))
     return tiled_attention(q, k, v, rows, columns, radius**2, first)

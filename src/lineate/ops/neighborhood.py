@@ -3,8 +3,8 @@
     o_i = softmax(q_i·K_S(i)ᵀ / √D)·V_S(i),   S(i) = rows [a, a + w) × columns [b, b + w),  a = clamp(y - w//2, 0, h - w)
 
 A grid side shorter than w is one window. Every query has the same number of keys. On CUDA, NATTEN's fused kernels (0.20 or newer)
-run it where that library is installed and takes the inputs; else it is exact and eager, in the tiles of `lineate.ops.local`,
-which are the reference.
+run it where that library is installed and takes the inputs, else FlexAttention; elsewhere it is exact and eager, in the tiles of
+`lineate.ops.local`, which are the reference.
 Source: Hassani et al., arXiv 2204.07143 (no relative bias).
 
 Legend: B batch, H heads, N = height·width grid tokens, M all tokens, D head dim.
@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lineate.ops.local import Axis, cut, tiled_attention
+from lineate.ops import flex
+from lineate.ops.local import Axis, check_grid, cut, tiled_attention
 
 
 @cache
@@ -59,6 +60,18 @@ def _windows(length: int, window: int, device: torch.device) -> Axis:
     return Axis(length, queries, keys, ((keys[:, None] < low) | (keys[:, None] >= low + window)).int())
 
 
+def in_window(numbers: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """S(i) above, and the tokens off the grid, as FlexAttention asks for it: `numbers` are height, width, window, first."""
+    height, width, window, _ = numbers.unbind()
+    row, column, grid = flex.on_grid(numbers, key)
+    near = torch.ones_like(grid)
+    for at, to, length in ((query // width, row, height), (query % width, column, width)):
+        size = torch.minimum(window, length)
+        low = torch.minimum((at - size // 2).clamp(min=0), length - size)
+        near = near & (to >= low) & (to < low + size)
+    return near | ~grid
+
+
 def neighborhood_attention(
     q: Float[Tensor, "B H N D"],
     k: Float[Tensor, "B H M D"],
@@ -76,7 +89,10 @@ def neighborhood_attention(
     """
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window must be a positive odd number, got {window}")
+    check_grid(q, k, height, width, first)
     if _fused(q, height, width, window) and q.dtype == k.dtype == v.dtype:
         return _by_natten(q, k, v, height, width, window, first)
+    if flex.takes(q, k, v):
+        return flex.attend(q, k, v, in_window, height, width, window, first)
     rows, columns = (_windows(length, window, q.device) for length in (height, width))
     return tiled_attention(q, k, v, rows, columns, 1, first)

@@ -1,0 +1,126 @@
+"""The Triton kernels against the eager code in fp64, in outputs and in every gradient.
+
+On a GPU where there is one; else in Triton's interpreter (tests/conftest.py asks for it before Triton is imported). The interpreter
+knows no bf16 products and no hardware tanh, and is slow: few tokens, yet more than a tile and not a multiple of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from lineate.kernels import launch, op
+from lineate.ops.aligned import Setting, by_eager
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not launch.INTERPRETED, reason="Triton was imported before its interpreter")
+
+
+class Case(NamedTuple):
+    """One combination; the tokens are `first`, a height×width grid, and `last`."""
+
+    dim: int
+    model: str
+    loss: str
+    dtype: torch.dtype
+    convolved: bool = True
+    eps: float | None = 1.0
+    height: int = 5
+    width: int = 7
+    first: int = 0
+    last: int = 0
+    batch: int = 1
+    heads: int = 2
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.height, self.width, self.first, self.eps, self.model, self.loss)
+
+
+# Every dimension, model and loss, with and without norm and convolution; together the combinations that the code branches on.
+CASES = [
+    Case(32, "2layer", "l2", torch.float32, first=1, last=2, batch=2),
+    Case(64, "swiglu", "l2", torch.float16, first=3, height=3, width=11),
+    Case(72, "2layer", "l2", torch.float16, height=11, width=3),
+    Case(80, "swiglu", "inner-product", torch.float32, convolved=False),
+    Case(96, "2layer", "inner-product", torch.float16, eps=None, last=1),
+    Case(128, "swiglu", "l2", torch.float32, convolved=False, eps=None, heads=1),
+]
+
+
+def made(case: Case) -> tuple[list[Tensor], Tensor]:
+    """Leaves (q, k, v, weights, convolutions), q, k and v views of one projection, and what to multiply the output by."""
+    tokens, channels = case.first + case.height * case.width + case.last, case.heads * case.dim
+    qkv = torch.randn(case.batch, tokens, 3, case.heads, case.dim).to(case.dtype)
+    qkv[:, :, 1] += 2.0  # keys far from zero, which the norm takes away
+    weights = [torch.randn(case.heads, case.dim, case.dim) * case.dim**-0.5 for _ in range(2 if case.model == "2layer" else 3)]
+    convolutions = [x for _ in "qk" for x in (torch.randn(channels, 1, 3, 3) * 0.3, torch.randn(channels) * 0.3)]
+    leaves = [*qkv.to(DEVICE).permute(2, 0, 3, 1, 4), *weights, *(convolutions if case.convolved else [])]
+    return [x.to(DEVICE).requires_grad_() for x in leaves], torch.randn(case.batch, case.heads, tokens, case.dim, device=DEVICE)
+
+
+def run(backend: Callable[..., Tensor], case: Case, leaves: list[Tensor], cotangent: Tensor) -> list[Tensor]:
+    """The output and the gradients of all leaves."""
+    stop = -4 if case.convolved else None
+    out = backend(*leaves[:3], leaves[3:stop], leaves[stop:] if stop else None, case.setting)
+    return [out, *torch.autograd.grad(out, leaves, cotangent.to(out.dtype))]
+
+
+def by_kernels(*arguments) -> Tensor:
+    *tensors, setting = arguments
+    return op.aligned_ttt(*tensors, *setting)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN, so that a token, channel or matrix entry that no program writes cannot pass unseen."""
+    empty = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.dim}-{case.model}-{case.loss}-{case.dtype}")
+def test_outputs_and_every_gradient_equal_eager_in_fp64(case: Case) -> None:
+    leaves, cotangent = made(case)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    found, expected = run(by_kernels, case, leaves, cotangent), run(by_eager, case, exact, cotangent)
+    tolerance = 5e-6 if case.dtype == torch.float32 else 1e-2
+    for result, reference in zip(found, expected, strict=True):
+        assert (result.double() - reference).norm() <= tolerance * reference.norm()
+    assert (found[0].double() - expected[0]).norm() <= min(tolerance, 2e-3) * expected[0].norm()
+
+
+def test_tiny_gradients_are_not_lost_to_half_precision() -> None:
+    """Every result is linear in the gradient that comes in, down to what fp16 cannot hold."""
+    case = CASES[2]
+    leaves, cotangent = made(case)
+    scale = 2.0**-30
+    gradients = [run(by_kernels, case, [x.float().detach().requires_grad_() for x in leaves], c)[1:] for c in (cotangent, cotangent * scale)]
+    for large, tiny in zip(*gradients, strict=True):
+        torch.testing.assert_close(tiny / scale, large)
+
+
+def test_opcheck_and_vmap() -> None:
+    """The operator's fake, autograd and compilation agree with it; mapped over, it gives what a loop gives."""
+    case = CASES[0]._replace(batch=1, heads=1, height=2, width=3)
+    (q, k, v, *_), _ = made(case)
+    weights = torch.randn(1, 2, 32, 32, device=DEVICE, requires_grad=True)
+    rest = (weights, None, None, 2, 3, 1, 1.0, True)
+    torch.library.opcheck(op._forward._opoverload, (q, k, v, *rest), test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    several = torch.stack((q, 2 * q)).detach()
+    mapped = torch.vmap(lambda x: op._forward(x, k.detach(), v.detach(), *rest)[0])(several)
+    torch.testing.assert_close(mapped, torch.stack([op._forward(x, k, v, *rest)[0] for x in several]))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter has no races")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.dim}-{case.model}-{case.loss}-{case.dtype}")
+def test_results_repeat_bit_by_bit(case: Case) -> None:
+    leaves, cotangent = made(case._replace(height=64, width=64))
+    first, second = (run(by_kernels, case._replace(height=64, width=64), leaves, cotangent) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
