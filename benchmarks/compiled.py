@@ -14,24 +14,25 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from torch import Tensor  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from lineate.kernels import convolution, launch, step  # noqa: E402
+from lineate.kernels import convolution, launch, step
 
-DIMS = tuple(launch.CHUNKS)
+HEAD = "kernel             warps registers spills shared KiB tensor cores"
+ROW = "{:18} {:5} {:9} {:6} {:10} {:12}"
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 OPTIONS = ("num_warps", "num_stages", "default_dot_input_precision")
@@ -136,35 +137,25 @@ def _read(kernel: Any) -> Compiled:
 
 def table(capability: int, dim: int, dtype: torch.dtype, model: str, loss: str) -> list[Compiled]:
     """Every distinct kernel of one forward and backward."""
-    found = {}
-    for call in launches(dim, dtype, model == "swiglu", loss == "l2"):
-        compiled = compile_launch(call, capability)
-        found[compiled] = None
-    return list(found)
+    calls = launches(dim, dtype, model == "swiglu", loss == "l2")
+    return list(dict.fromkeys(compile_launch(call, capability) for call in calls))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--capability", type=int, default=90)
-    parser.add_argument("--dims", default=",".join(map(str, DIMS)))
+    parser.add_argument("--dims", default=",".join(map(str, launch.CHUNKS)))
     parser.add_argument("--dtypes", default="bfloat16")
     parser.add_argument("--models", default="2layer,swiglu")
     parser.add_argument("--losses", default="l2")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each kernel, not a table")
     chosen = parser.parse_args()
-    for dim in map(int, chosen.dims.split(",")):
-        for dtype in chosen.dtypes.split(","):
-            for model in chosen.models.split(","):
-                for loss in chosen.losses.split(","):
-                    if not chosen.json:
-                        print(f"\nsm_{chosen.capability}, D = {dim}, {dtype}, {model}, {loss}")
-                        print(f"{'kernel':18} {'warps':>5} {'registers':>9} {'spills':>6} {'shared KiB':>10} {'tensor cores':>12}")
-                    for row in table(chosen.capability, dim, getattr(torch, dtype), model, loss):
-                        if chosen.json:
-                            print(json.dumps({"dim": dim, "dtype": dtype, "model": model, "loss": loss, **row._asdict()}))
-                        else:
-                            print(f"{row[0]:18} {row[1]:5} {row[2]:9} {row[3]:6} {row[4]:10} {row[5]:12}")
-                    sys.stdout.flush()
+    lists = (getattr(chosen, name).split(",") for name in ("dims", "dtypes", "models", "losses"))
+    for dim, dtype, model, loss in product(*lists):
+        if not chosen.json:
+            print(f"\nsm_{chosen.capability}, D = {dim}, {dtype}, {model}, {loss}\n" + HEAD)
+        for row in table(chosen.capability, int(dim), getattr(torch, dtype), model, loss):
+            print(json.dumps(row._asdict()) if chosen.json else ROW.format(*row), flush=True)
 
 
 if __name__ == "__main__":

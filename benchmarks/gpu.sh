@@ -1,14 +1,36 @@
 #!/usr/bin/env bash
-# All that waits for a GPU, in one command: correctness on CUDA, then latency against resolution, then the whole demo there.
+# All that waits for a GPU, in one command and less than ten minutes on one: is it right, what does the operator cost, what do
+# whole models cost.
 #   make demo && PATH=.venv/bin:$PATH benchmarks/gpu.sh
-# Results go to benchmarks/results/gpu-*.json and runs/gpu-demo; commit the former with the device's name, which they hold.
-set -eu
+# A part that fails or takes too long says so, and the next one runs; at the end the failed ones are named and the status is 1.
+# Results go to benchmarks/results/gpu-*.json; commit them, they hold the device's name.
+set -u
 cd "$(dirname "$0")/.."
-python -m pytest tests/test_cuda.py
-for preset in t5 t5-plus linear; do
-  lineate bench embedded --preset "$preset" --device cuda --sizes 224,448,672,1022,1442,2044 --out "benchmarks/results/gpu-$preset.json" --overwrite
-done
-sweep="python benchmarks/ops.py --device cuda --dtype bfloat16 --batch 2 --heads 24 --loss l2"
-$sweep --tokens 1024,4096,16384,65536 --skip "sdpa math" --out benchmarks/results/gpu-ops.json
-$sweep --tokens 1024,4096,16384 --skip "sdpa math" --backward --out benchmarks/results/gpu-ops-backward.json
-lineate demo --device cuda --out runs/gpu-demo --overwrite
+failed=()
+
+part() { # name, seconds at most, command
+  local name=$1 limit=$2 status=0
+  shift 2
+  printf '\n== %s: %s\n' "$name" "$*"
+  timeout "$limit" "$@" || status=$?
+  if [ "$status" -ne 0 ]; then
+    printf 'FAILED: %s, status %s (124: more than %s s)\n' "$name" "$status" "$limit" >&2
+    failed+=("$name")
+  fi
+}
+
+bench() { # name, source, preset, sizes
+  part "$1" 80 lineate bench "$2" --preset "$3" --sizes "$4" --device cuda --out "benchmarks/results/gpu-$1.json" --overwrite
+}
+
+nvidia-smi --query-gpu=name,driver_version,clocks.sm,temperature.gpu --format=csv
+part correctness 200 python -m pytest -q tests/test_cuda.py tests/kernels/test_kernels.py
+sweep="python benchmarks/ops.py --device cuda --dtype bfloat16 --batch 2 --heads 24 --loss l2 --seconds 4"
+part operator 100 $sweep --tokens 1024,4096,16384,65536 --skip "sdpa math" --out benchmarks/results/gpu-ops.json
+part operator-backward 80 $sweep --tokens 1024,4096,16384 --skip "sdpa math" --backward --out benchmarks/results/gpu-ops-backward.json
+bench deit-s timm:deit_small_patch16_224 t5 224,512,1024
+bench dinov2-s embedded t5 224,448,1022,2044
+if [ ${#failed[@]} -gt 0 ]; then
+  printf '\nFAILED: %s\n' "${failed[*]}" >&2
+  exit 1
+fi

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ from jaxtyping import config, install_import_hook
 install_import_hook(["lineate.ops", "lineate.mixers", "lineate.core"], "beartype.beartype")
 
 import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on the CPU
 
 if TYPE_CHECKING:
     from timm.models import VisionTransformer

@@ -1,7 +1,7 @@
 """The Triton kernels against the eager code in fp64, in outputs and in every gradient.
 
-On a GPU where there is one; else in Triton's interpreter (tests/conftest.py asks for it before Triton is imported). The interpreter
-knows no bf16 products and no hardware tanh, and is slow: few tokens, yet more than a tile and not a multiple of one.
+On a GPU where there is one; else in Triton's interpreter (tests/conftest.py asks for it before Triton is imported). The
+interpreter knows no bf16 products and no hardware tanh, and is slow: few tokens, yet not a multiple of a tile.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's, under the interpreter: σ(-∞) is 0
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.dim}-{case.model}-{case.loss}-{case.dtype}")
 def test_outputs_and_every_gradient_equal_eager_in_fp64(case: Case) -> None:
@@ -97,13 +98,13 @@ def test_outputs_and_every_gradient_equal_eager_in_fp64(case: Case) -> None:
 
 
 def test_tiny_gradients_are_not_lost_to_half_precision() -> None:
-    """Every result is linear in the gradient that comes in, down to what fp16 cannot hold."""
-    case = CASES[2]
+    """Every gradient is linear in the one that comes in, down to what fp16 cannot hold."""
+    case = Case(32, "swiglu", "inner-product", torch.bfloat16, heads=1, height=3, width=4)
     leaves, cotangent = made(case)
-    scale = 2.0**-30
-    gradients = [run(by_kernels, case, [x.float().detach().requires_grad_() for x in leaves], c)[1:] for c in (cotangent, cotangent * scale)]
-    for large, tiny in zip(*gradients, strict=True):
-        torch.testing.assert_close(tiny / scale, large)
+    large, tiny = (run(by_kernels, case, leaves, cotangent * scale)[1:] for scale in (1.0, 2.0**-30))
+    for a, b in zip(tiny, large, strict=True):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a * 2.0**30, b)
 
 
 def test_opcheck_and_vmap() -> None:
@@ -112,14 +113,14 @@ def test_opcheck_and_vmap() -> None:
     (q, k, v, *_), _ = made(case)
     weights = torch.randn(1, 2, 32, 32, device=DEVICE, requires_grad=True)
     rest = (weights, None, None, 2, 3, 1, 1.0, True)
-    torch.library.opcheck(op._forward._opoverload, (q, k, v, *rest), test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    torch.library.opcheck(op._forward, (q, k, v, *rest))
     several = torch.stack((q, 2 * q)).detach()
     mapped = torch.vmap(lambda x: op._forward(x, k.detach(), v.detach(), *rest)[0])(several)
     torch.testing.assert_close(mapped, torch.stack([op._forward(x, k, v, *rest)[0] for x in several]))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter has no races")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.dim}-{case.model}-{case.loss}-{case.dtype}")
+@pytest.mark.parametrize("case", CASES[:2], ids=str)
 def test_results_repeat_bit_by_bit(case: Case) -> None:
     leaves, cotangent = made(case._replace(height=64, width=64))
     first, second = (run(by_kernels, case._replace(height=64, width=64), leaves, cotangent) for _ in range(2))

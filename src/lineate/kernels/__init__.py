@@ -1,1 +1,1 @@
-"""Triton kernels: T⁵'s core on NVIDIA GPUs, forward and backward. `lineate.ops.aligned` calls them; the eager code is the reference."""
+"""T⁵'s core as Triton kernels for NVIDIA GPUs, forward and backward; `lineate.ops.aligned` calls them and is their reference."""

@@ -8,12 +8,12 @@
     g[n] = ∂y[n] = Σ_t tap[t]·∂x̂[n - t]                                 so one walk over shifted ∂x̂ serves taps and tokens
     ∂x = r·(g - mean(g) - y·mean(g ⊙ y))                                 instance norm's backward
 
-Tokens are a flat sequence: a tile finds the row and the column of each of its tokens, so that no grid is too narrow and tokens off
-the grid are tokens like the others. Its three rows of neighbours come from the caches. Every sum over tokens is split over
-programs, each of which writes its part; whoever needs the sum adds the parts in order, so that results repeat bit by bit.
+Tokens are a flat sequence: a tile finds the row and the column of each of its tokens, so that no grid is too narrow and tokens
+off the grid are tokens like the others. Its three rows of neighbours come from the caches. Every sum over tokens is split over
+programs, each of which writes its part; the parts are then added in order, so that results repeat bit by bit.
 
-Legend: as in `tiles`; BC channels a block; taps (H, 10, D), nine and the bias; `first` the grid's first token; sums (B, H, 2, D) are
-Σ(x - x₀) and Σ(x - x₀)², shifted by the first token since keys far from zero would lose their variance to rounding.
+Legend: as in `tiles`; BC channels a block; taps (H, 10, D), nine and the bias; `first` the grid's first token; sums (B, H, 2, D)
+are Σ(x - x₀) and Σ(x - x₀)², shifted by the first token since keys far from zero would lose their variance to rounding.
 """
 
 import triton
@@ -172,9 +172,7 @@ def convolve_backward(
         else:
             found = (empty, empty, empty, empty, empty, empty, empty, empty, empty, empty)
         totals = found + (totals[10] + g, totals[11] + g * y)
-        tl.store(
-            out + offset * on + row[:, None] * on + channel[None, :], (g * factor).to(out.dtype.element_ty), mask=inside
-        )
+        tl.store(out + offset * on + row[:, None] * on + channel[None, :], (g * factor).to(out.dtype.element_ty), mask=inside)
     parts += (tl.cast(bh, tl.int64) * SPLITS + split) * 12 * D + channel
     for t in tl.static_range(12):
         tl.store(parts + t * D, tl.sum(totals[t], 0), mask=channel < D)

@@ -1,15 +1,15 @@
 """The kernels as PyTorch operators: `lineate::aligned_ttt` and its backward, for autograd, torch.compile and vmap.
 
-Both take what the kernels want: the inner model's matrices as one (H, M, D, D), features × hidden, in the order in, out, gate; the
-convolutions as taps (H, 10, D), nine with the residual in the centre, then the bias. `aligned_ttt` packs them, so that autograd (and
-a compiler) sees the packing. The backward is not differentiable itself: a second backward needs the eager code.
+Both take what the kernels want: the inner model's matrices as one (H, M, D, D), features × hidden, in the order in, out, gate;
+the convolutions as taps (H, 10, D), nine with the residual in the centre, then the bias. `aligned_ttt` packs them, so that
+autograd (and a compiler) sees the packing. The backward is not differentiable itself: a second one needs the eager code.
 
 Legend: B batch, H heads, N tokens, D head dim, M matrices of the inner model, V what vmap maps over.
 """
 
 # No `from __future__ import annotations`: torch.library reads the types of operators.
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,16 +21,16 @@ MODELS = ("2layer", "swiglu")
 
 @torch.library.custom_op("lineate::aligned_ttt", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, weights: Tensor, q_taps: Optional[Tensor], k_taps: Optional[Tensor],
-    height: int, width: int, first: int, eps: Optional[float], l2: bool,
+    q: Tensor, k: Tensor, v: Tensor, weights: Tensor, q_taps: Tensor | None, k_taps: Tensor | None,
+    height: int, width: int, first: int, eps: float | None, l2: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return launch.forward(q, k, v, weights, q_taps, k_taps, height, width, first, eps, l2)
 
 
 @torch.library.custom_op("lineate::aligned_ttt_backward", mutates_args=())
 def _backward(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, q_taps: Optional[Tensor], k_taps: Optional[Tensor],
-    fitted: Tensor, sums: Tensor, height: int, width: int, first: int, eps: Optional[float], l2: bool,
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, q_taps: Tensor | None, k_taps: Tensor | None,
+    fitted: Tensor, sums: Tensor, height: int, width: int, first: int, eps: float | None, l2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return launch.backward(gradient, q, k, v, weights, q_taps, k_taps, fitted, sums, height, width, first, eps, l2)
 
@@ -44,7 +44,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, *_: Any) -> tuple[Tensor
 
 @_backward.register_fake
 def _(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, q_taps: Optional[Tensor], k_taps: Optional[Tensor],
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, q_taps: Tensor | None, k_taps: Tensor | None,
     *_: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     taps = (q.new_empty(0 if t is None else t.shape, dtype=torch.float32) for t in (q_taps, k_taps))
@@ -56,7 +56,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.setting = inputs[6:]
 
 
-def _differentiate(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Optional[Tensor], ...]:
+def _differentiate(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     taps = ctx.saved_tensors[4:6]
     found = _backward(gradient, *ctx.saved_tensors, *ctx.setting)
     return (*found[:4], *(None if t is None else g for t, g in zip(taps, found[4:], strict=True)), *[None] * 5)
@@ -65,7 +65,7 @@ def _differentiate(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Optional[Tensor
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def _into_heads(x: Optional[Tensor], dim: Optional[int], mapped: int, heads: int) -> Optional[Tensor]:
+def _into_heads(x: Tensor | None, dim: int | None, mapped: int, heads: int) -> Tensor | None:
     """Make V part of the heads, which lie at axis `heads` of the unmapped tensor: every V has its own, or a copy of it."""
     if x is None:
         return None
@@ -100,20 +100,20 @@ def _taps(weight: Tensor, bias: Tensor, heads: int) -> Tensor:
 
 
 def aligned_ttt(
-    q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], convolutions: Optional[Sequence[Tensor]],
-    height: int, width: int, first: int, eps: Optional[float], model: str, loss: str,
+    q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], convolutions: Sequence[Tensor] | None,
+    height: int, width: int, first: int, eps: float | None, model: str, loss: str,
 ) -> Tensor:  # fmt: skip
     """`lineate.ops.aligned.aligned_ttt` by these kernels; `refusal` says what they cannot do."""
     inward, *gate, outward = weights  # 2layer: in, out; swiglu: in, gate, out
     packed = torch.stack((inward, outward.mT, *gate), dim=1).float()
-    taps: list[Optional[Tensor]] = [None, None]
+    taps: list[Tensor | None] = [None, None]
     if convolutions is not None:
         taps = [_taps(weight, bias, q.shape[1]) for weight, bias in (convolutions[:2], convolutions[2:])]
     out: Tensor = _forward(q, k, v, packed, *taps, height, width, first, eps, loss == "l2")[0]
     return out
 
 
-def refusal(q: Tensor, model: str) -> Optional[str]:
+def refusal(q: Tensor, model: str) -> str | None:
     """Why the kernels cannot take these, or None."""
     *_, tokens, dim = q.shape
     if torch.version.hip is not None or torch.cuda.get_device_capability(q.device) < (8, 0):

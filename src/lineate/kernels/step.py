@@ -186,7 +186,7 @@ def add_share(k, e, de, m, g, GATED: tl.constexpr, L2: tl.constexpr, FAST: tl.co
 def second_order(k, e, de, m, g, GATED: tl.constexpr, L2: tl.constexpr, FAST: tl.constexpr):
     """At the hidden width of one slice, the derivatives of Σ_j ⟨Γ_j, G_j⟩, where G are the gradients and E the given.
 
-    Returns hidden values; ∂hidden along Γ; ∂ by silu's input and by the gate; and the first-order gradients with respect to the two.
+    Returns hidden values; ∂hidden along Γ; ∂ by silu's input and by the gate; and the first-order gradients by the two.
     """
     value, slope, curvature = silu(into(k, m[0]), FAST)
     d = into(e, m[1])

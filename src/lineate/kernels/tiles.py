@@ -22,8 +22,8 @@ import triton.language as tl
 
 @triton.jit
 def aligned(stride):
-    """A stride, known to be a multiple of eight so that loads are of 16 bytes; `launch` sees to it."""
-    return tl.multiple_of(stride, 8)
+    """A stride that is a multiple of eight, as `launch` sees to, written so that Triton knows it and loads 16 bytes at a time."""
+    return stride // 8 * 8
 
 
 @triton.constexpr_function

@@ -2,6 +2,7 @@
 
     aligned_eager.py   the equations, one operator after the other: the reference; traced, counted and compiled code runs it too
     aligned_cpu.py     CPUs: in pieces that stay in cache
+    lineate.kernels    NVIDIA GPUs: Triton kernels, where they know the inner model, the head dimension and the type
 
 Which one ran, and why, is logged once.
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from jaxtyping import Float
@@ -25,14 +27,34 @@ from lineate.ops.ttt import InnerLoss, InnerModel
 logger = logging.getLogger(__name__)
 
 
-def _backend(q: Tensor) -> tuple[Backend, str]:
-    """What runs these, and why."""
-    if torch.compiler.is_compiling() or type(q) is not Tensor or torch._C._are_functorch_transforms_active():
+def by_kernels(
+    q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], convolutions: Sequence[Tensor] | None, setting: Setting
+) -> Tensor:
+    """The Triton kernels, as PyTorch operators."""
+    from lineate.kernels.op import aligned_ttt
+
+    return aligned_ttt(q, k, v, weights, convolutions, *setting)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _backend(q: Tensor, model: InnerModel) -> tuple[Backend, str]:
+    """What runs these, and why. A compiler keeps the kernels, which are operators to it."""
+    compiling = torch.compiler.is_compiling()
+    if type(q) is not Tensor or torch._C._are_functorch_transforms_active() or (compiling and not q.is_cuda):
         return by_eager, "operators are traced, counted or transformed"
     if q.device.type == "cpu":
         few = q.shape[0] * q.shape[2] <= aligned_cpu.TOKENS
         return (by_eager, "so few tokens stay in cache anyway") if few else (aligned_cpu.by_pieces, "this is a CPU")
-    return by_eager, f"there is nothing faster on {q.device.type}"
+    if not q.is_cuda or not _has_triton():
+        return by_eager, f"there is nothing faster on {q.device.type} without Triton"
+    from lineate.kernels.op import refusal
+
+    why = refusal(q, model)
+    return (by_kernels, "this is a GPU") if why is None else (by_eager, f"the kernels are not for this: {why}")
 
 
 @cache
@@ -62,7 +84,7 @@ def aligned_ttt(
     Source: `aligned_eager.py`.
     """
     setting = Setting(height, width, first, eps, model, loss)
-    backend, why = _backend(q)
+    backend, why = _backend(q, model)
     if not torch.compiler.is_compiling():
         _say(backend.__name__, why)
     return backend(q, k, v, weights, convolutions, setting)

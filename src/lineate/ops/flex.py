@@ -51,14 +51,12 @@ def _compiled() -> Any:
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether to run it: CUDA, no fp64, D of at least 16, and no compiler or counter of operators around, which want the tiles."""
+    """Whether to run it: CUDA, no fp64, D of at least 16, and no compiler or counter of operators around: they want the tiles."""
     known = q.dtype == k.dtype == v.dtype and q.dtype in (torch.float32, torch.float16, torch.bfloat16) and q.shape[-1] >= 16
     return type(q) is Tensor and q.is_cuda and known and not torch.compiler.is_compiling()
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, visible: Visible, height: int, width: int, extent: int, first: int
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, height: int, width: int, extent: int, first: int) -> Tensor:
     """Attention of the grid's queries (B, H, N, D) to the keys and values (B, H, M, D) that `visible` says; (B, H, N, D)."""
     out: Tensor = _compiled()(q, k, v, block_mask=block_mask(visible, height, width, extent, first, k.shape[-2], q.device))
     return out

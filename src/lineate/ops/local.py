@@ -2,10 +2,11 @@
 
     o_i = softmax(q_i·K_S(i)ᵀ / √D)·V_S(i),   CLEAR: S(i) = {j : Δy² + Δx² < r²}, and every token off the grid
 
-Exact and eager; on CUDA, FlexAttention computes the discs. The grid is cut into tiles of queries; the keys that a tile can see form one small block, so each tile is a
-dense masked attention made of matrix products: a few times more multiplications than the operator needs, yet far faster on a CPU
-than one shifted pass over memory for each key of a neighbourhood. A tile is half a window wide where that is more than the
-smallest: blocks then stay within nine times their tiles, and memory linear in N whatever the radius.
+Exact and eager; on CUDA, FlexAttention computes the discs. The grid is cut into tiles of queries; the keys that a tile can see
+form one small block, so each tile is a dense masked attention made of matrix products: a few times more multiplications than the
+operator needs, yet far faster on a CPU than one shifted pass over memory for each key of a neighbourhood. A tile is half a window
+wide where that is more than the smallest: blocks then stay within nine times their tiles, and memory linear in N whatever the
+radius.
 A disc ends at the border of the grid; it is not shifted inwards. Source: Liu et al., CLEAR, arXiv 2412.16112.
 
 Legend: B batch, H heads, N = height·width grid tokens, M all tokens, D head dim, r radius; T tiles of P queries, S keys a tile.
