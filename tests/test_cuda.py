@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lineate import PRESETS, CalibrationConfig, calibrate, convert
-from lineate.ops import neighborhood
+from lineate.ops import flex, neighborhood
+from lineate.ops.local import radius_attention
 from lineate.ops.neighborhood import neighborhood_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -58,5 +59,23 @@ def test_natten_equals_the_eager_reference_in_output_and_gradients(
         out = neighborhood_attention(q, *leaves[1:], 9, 12, 5, first)
         found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
         monkeypatch.setattr(neighborhood, "_natten", lambda: None)
+        monkeypatch.setattr(flex, "takes", lambda *_: False)
+    for fused, eager in zip(*found, strict=True):
+        torch.testing.assert_close(fused, eager, atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("attention", [neighborhood_attention, radius_attention])
+@pytest.mark.parametrize(("first", "outside"), [(0, 0), (2, 5)])
+def test_flex_attention_equals_the_eager_reference_in_output_and_gradients(
+    attention, first: int, outside: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighborhood, "_natten", lambda: None)
+    leaves = [torch.randn(2, 3, 18 * 24 + outside, 32, device="cuda", requires_grad=True) for _ in range(3)]
+    found = []
+    for _ in range(2):  # by FlexAttention, then eager
+        out = attention(leaves[0][:, :, first : first + 432], *leaves[1:], 18, 24, 5, first)
+        found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        monkeypatch.setattr(flex, "takes", lambda *_: False)
     for fused, eager in zip(*found, strict=True):
         torch.testing.assert_close(fused, eager, atol=5e-3, rtol=5e-3)

@@ -119,6 +119,23 @@ def test_opcheck_and_vmap() -> None:
     torch.testing.assert_close(mapped, torch.stack([op._forward(x, k, v, *rest)[0] for x in several]))
 
 
+@pytest.mark.parametrize(
+    ("dim", "model", "dtype", "why"),
+    [
+        (64, "2layer", torch.bfloat16, None),
+        (48, "2layer", torch.bfloat16, "head dimensions 32, 64, 72, 80, 96, 128, not 48"),
+        (64, "3layer", torch.bfloat16, "inner models 2layer, swiglu, not 3layer"),
+        (64, "swiglu", torch.float64, "do not compute in float64"),
+    ],
+)
+def test_what_they_cannot_do_is_said(
+    dim: int, model: str, dtype: torch.dtype, why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    found = op.refusal(torch.empty(1, 2, 5, dim, dtype=dtype), model)
+    assert found == why if why is None else why in found
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter has no races")
 @pytest.mark.parametrize("case", CASES[:2], ids=str)
 def test_results_repeat_bit_by_bit(case: Case) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -25,32 +25,18 @@ from lineate.kernels import convolution, step
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
-class Chunks(NamedTuple):
-    """How a head dimension is cut: chunks of the features, chunks of one slice of the hidden width, slices."""
-
-    features: tuple[int, ...]
-    hidden: tuple[int, ...]
-    slices: int = 1
-
-
-CHUNKS: dict[int, Chunks] = {
-    32: Chunks((32,), (32,)),
-    64: Chunks((64,), (64,)),
-    72: Chunks((64, 16), (64, 16)),
-    80: Chunks((64, 16), (64, 16)),
-    96: Chunks((64, 32), (64, 32)),
-    128: Chunks((128,), (64,), 2),
-}
-# Tokens a tile and warps: what compiles with few spills. Matrix instructions of sm_90 want 64 tokens; the second order has too
-# much to hold for that.
+# The chunks of each head dimension that the kernels know.
+CHUNKS = {32: (32,), 64: (64,), 72: (64, 16), 80: (64, 16), 96: (64, 32), 128: (128,)}
+# Tokens a tile and warps, for D up to 64 and beyond: what compiles without large spills. Matrix instructions of sm_90 want 64
+# tokens; the second order has too much to hold for that.
 TILES = {
-    "gradients": (64, 4),
-    "answers": (64, 8),
-    "query_gradients": (64, 4),
-    "key_gradients": (32, 4),
-    "weight_gradients": (32, 4),
+    "gradients": ((64, 4), (64, 8)),
+    "answers": ((64, 8), (32, 8)),
+    "query_gradients": ((64, 4), (32, 8)),
+    "key_gradients": ((32, 4), (32, 8)),
+    "weight_gradients": ((32, 4), (32, 8)),
 }
-WALKS = ("gradients", "weight_gradients")
+SUMS = ("gradients", "weight_gradients")  # they keep D × slice sums in registers, walking over tokens
 # Tiles of the kernels that only move tokens: tokens a tile, channels a block.
 _MOVE = {"BT": 64, "BC": 32}
 MOST_TOKENS = 65535 * 32  # the second axis of a grid, in tiles
@@ -122,23 +108,30 @@ class Task:
         return self.q.new_empty(self.q.shape, dtype=dtype)
 
 
+def slices(kernel: str, dim: int, gated: bool) -> tuple[tuple[int, ...], int]:
+    """Chunks of one slice of the hidden width, and how many slices there are."""
+    if kernel in SUMS and (gated or dim > 64) and dim > 32:
+        return (32,), -(-dim // 32)
+    return ((64,), 2) if dim == 128 else (CHUNKS[dim], 1)
+
+
 def options(kernel: str, dim: int, dtype: torch.dtype, gated: bool) -> dict[str, Any]:
     """Compile-time arguments of a kernel in `step` for this head dimension and type of input."""
-    cut = CHUNKS[dim]
     half = dtype != torch.float32
-    tile, warps = TILES[kernel]
+    hidden, count = slices(kernel, dim, gated)
+    tile, warps = TILES[kernel][dim > 64]
     precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     return {
         "D": dim,
-        "CHUNKS": cut.features,
-        "HIDDEN": cut.hidden,
-        "SLICES": cut.slices,
-        "BT": tile if half and dim <= 64 else 32,
+        "CHUNKS": CHUNKS[dim],
+        "HIDDEN": hidden,
+        "SLICES": count,
+        "BT": tile if half else 32,
         "OP": tl.float16 if half else tl.float32,
         "GATED": gated,
         "FAST": half and not INTERPRETED,
-        "num_warps": warps if half and dim <= 64 else 8,
-        "num_stages": 2 if kernel in WALKS else 1,
+        "num_warps": warps if half else 8,
+        "num_stages": 2 if kernel in SUMS else 1,
         **({} if INTERPRETED else {"default_dot_input_precision": precision}),
     }
 

@@ -11,7 +11,7 @@ and back from ∂o, where Γ = ∂L/∂U and what `gradients` gives for (q̂, �
 
 Two kinds of kernel. One owns a tile of tokens and walks over the slices of the hidden width; the other owns a slice of the hidden
 width, so that its sums fit into registers, and walks over a split of the tokens. Slices meet only in the prediction that the l2
-loss subtracts from: E starts at -V and every slice adds its share. One slice is all for D up to 96.
+loss subtracts from: E starts at -V and every slice adds its share.
 
 The backward is linear in ∂o, and its second half in Γ. fp16 operands have little range, so each head's ∂o and Γ are brought to a
 largest entry of one, and `unit`, (B, H) in fp32, holds what a result is to be multiplied by.

@@ -9,7 +9,7 @@ read as if there were one block. Every matrix is held as features × hidden, als
     outer(x, h) = xᵀ·h       a sum over tokens, features × hidden
 
 Products accumulate in fp32. Their operands are rounded to the type of the matrix, or in `outer` of x: fp16 for half-precision
-inputs (bf16 as operand loses 12 to 43 % of what depends on the data, fp16 1 to 4 %), fp32 by tf32 otherwise.
+inputs (bf16 has too few digits for what depends on the data), fp32 by tf32 otherwise.
 
 Legend: N tokens, D head dim, BT tokens a tile, CHUNKS sizes of the chunks of D, HIDDEN those of a slice of the hidden width,
 OP operand type. A pointer is to one head's data; rows are `stride` apart, columns are dense.
