@@ -135,10 +135,14 @@ def _read(kernel: Any) -> Compiled:
     return Compiled(metadata.name, metadata.num_warps, registers, stack, metadata.shared // 1024, tensor_cores)
 
 
-def table(capability: int, dim: int, dtype: torch.dtype, model: str, loss: str) -> list[Compiled]:
-    """Every distinct kernel of one forward and backward."""
-    calls = launches(dim, dtype, model == "swiglu", loss == "l2")
-    return list(dict.fromkeys(compile_launch(call, capability) for call in calls))
+def table(capability: int, dim: int, dtype: torch.dtype, model: str, loss: str) -> Iterator[Compiled]:
+    """Every distinct kernel of one forward and backward, as it comes out."""
+    seen = set()
+    for call in launches(dim, dtype, model == "swiglu", loss == "l2"):
+        row = compile_launch(call, capability)
+        if row not in seen:
+            seen.add(row)
+            yield row
 
 
 def main() -> None:
