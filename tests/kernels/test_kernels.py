@@ -16,10 +16,13 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from lineate.kernels import launch, op
-from lineate.ops.aligned import Setting, by_eager
+from lineate.ops.aligned_eager import Setting, by_eager
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not launch.INTERPRETED, reason="Triton was imported before its interpreter")
+pytestmark = [
+    pytest.mark.skipif(DEVICE == "cpu" and not launch.INTERPRETED, reason="Triton was imported before its interpreter"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp"),  # numpy's, under the interpreter: σ(-∞) is 0
+]
 
 
 class Case(NamedTuple):
@@ -84,7 +87,6 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's, under the interpreter: σ(-∞) is 0
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.dim}-{case.model}-{case.loss}-{case.dtype}")
 def test_outputs_and_every_gradient_equal_eager_in_fp64(case: Case) -> None:

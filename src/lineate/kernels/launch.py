@@ -31,9 +31,9 @@ CHUNKS = {32: (32,), 64: (64,), 72: (64, 16), 80: (64, 16), 96: (64, 32), 128: (
 # tokens; the second order has too much to hold for that.
 TILES = {
     "gradients": ((64, 4), (64, 8)),
-    "answers": ((64, 8), (32, 8)),
-    "query_gradients": ((64, 4), (32, 8)),
-    "key_gradients": ((32, 4), (32, 8)),
+    "answers": ((64, 8), (64, 8)),
+    "query_gradients": ((64, 4), (64, 8)),
+    "key_gradients": ((32, 4), (64, 8)),
     "weight_gradients": ((32, 4), (32, 8)),
 }
 SUMS = ("gradients", "weight_gradients")  # they keep D × slice sums in registers, walking over tokens
@@ -110,9 +110,8 @@ class Task:
 
 def slices(kernel: str, dim: int, gated: bool) -> tuple[tuple[int, ...], int]:
     """Chunks of one slice of the hidden width, and how many slices there are."""
-    if kernel in SUMS and (gated or dim > 64) and dim > 32:
-        return (32,), -(-dim // 32)
-    return ((64,), 2) if dim == 128 else (CHUNKS[dim], 1)
+    sliced = dim > 64 or (gated and dim == 64 and kernel in SUMS)
+    return ((32,), -(-dim // 32)) if sliced else (CHUNKS[dim], 1)
 
 
 def options(kernel: str, dim: int, dtype: torch.dtype, gated: bool) -> dict[str, Any]:
