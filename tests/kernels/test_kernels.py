@@ -109,6 +109,7 @@ def test_tiny_gradients_are_not_lost_to_half_precision() -> None:
         torch.testing.assert_close(a * 2.0**30, b)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own copies
 def test_opcheck_and_vmap() -> None:
     """The operator's fake, autograd and compilation agree with it; mapped over, it gives what a loop gives."""
     case = CASES[0]._replace(batch=1, heads=1, height=2, width=3)
