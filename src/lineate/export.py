@@ -5,8 +5,8 @@
 
 B, h and w are free where the model takes any size (two or more patches a side), and position embeddings are interpolated inside
 the file; windows are refused then. Before a file appears it is run (an ONNX graph by onnxruntime) at three sizes, beside the
-model: where they disagree there is no file. `last_hidden_state` is after the last norm, `class_token` its first token. Tracing is torch.export's non-strict
-mode: the grid reaches the cores through hooks, which strict mode does not follow.
+model: where they disagree there is no file. `last_hidden_state` is after the last norm, `class_token` its first token. Tracing is
+torch.export's non-strict mode: the grid reaches the cores through hooks, which strict mode does not follow.
 
 Legend: B batch, N tokens, C channels, h×w px.
 """

@@ -114,7 +114,7 @@ def test_opcheck_and_vmap() -> None:
     """The operator's fake, autograd and compilation agree with it; mapped over, it gives what a loop gives."""
     case = CASES[0]._replace(batch=1, heads=1, height=2, width=3)
     (q, k, v, *_), _ = made(case)
-    weights = torch.randn(1, 2, 32, 32, device=DEVICE, requires_grad=True)
+    weights = (0.1 * torch.randn(1, 2, 32, 32, device=DEVICE)).requires_grad_()
     rest = (weights, None, None, 2, 3, 1, 1.0, True)
     torch.library.opcheck(op._forward, (q, k, v, *rest))
     several = torch.stack((q, 2 * q)).detach()

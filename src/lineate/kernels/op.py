@@ -70,7 +70,8 @@ def _into_heads(x: Tensor | None, dim: int | None, mapped: int, heads: int) -> T
     if x is None:
         return None
     x = x.unsqueeze(0).expand(mapped, *x.shape) if dim is None else x.movedim(dim, 0)
-    return x.movedim(0, heads).flatten(heads, heads + 1)
+    whole: Tensor = x.movedim(0, heads).flatten(heads, heads + 1).contiguous()  # of one head the flattening is a view of stride 0
+    return whole
 
 
 @_forward.register_vmap
@@ -96,7 +97,8 @@ def _taps(weight: Tensor, bias: Tensor, heads: int) -> Tensor:
     taps = torch.cat((weight.flatten(1), bias[:, None]), dim=1).float()
     residual = torch.zeros(10, device=taps.device)
     residual[4] = 1
-    return (taps + residual).unflatten(0, (heads, -1)).mT.contiguous()
+    by_head: Tensor = (taps + residual).unflatten(0, (heads, -1))
+    return by_head.mT.contiguous()
 
 
 def aligned_ttt(
