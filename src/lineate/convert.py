@@ -27,6 +27,7 @@ from lineate.mixers.local import CLEARConfig, NeighborhoodConfig, SlidingWindowC
 from lineate.mixers.softmax import SoftmaxConfig
 from lineate.mixers.ttt import TTTConfig
 
+MLPS = ("mlp", "ff")  # what hosts call them: timm and transformers, diffusers
 Status = Literal["inherited", "new", "interpolated", "dropped"]
 _SPAN = re.compile(r"\[(-?\d*):(-?\d*)\]")
 
@@ -273,8 +274,9 @@ def _redraw(model: nn.Module, sites: list[AttentionSite], inherit: str) -> tuple
     names: list[str] = []
     for site in sites:
         block_name, attention = site.block, site.name.removeprefix(f"{site.block}.").partition(".")[0]
+        parts = (attention,) if inherit == "attention" else MLPS
         for name, module in model.get_submodule(block_name).named_modules(prefix=block_name):
-            kept = name.startswith(f"{block_name}.{attention if inherit == 'attention' else 'mlp'}")
+            kept = name.startswith(tuple(f"{block_name}.{part}" for part in parts))
             if not kept and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
                 names += [f"{name}.{tensor}" for tensor, _ in module.named_parameters(recurse=False)]

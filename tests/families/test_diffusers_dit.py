@@ -74,6 +74,17 @@ def test_every_self_attention_is_replaced_and_all_else_inherited(make: Maker) ->
     assert all(p.grad is not None for name, p in model.named_parameters() if ".core." in name)
 
 
+@hosts
+def test_inheriting_the_mlps_alone_keeps_the_feed_forward_layers(make: Maker) -> None:
+    model = make()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    convert(model, Conversion(inherit="mlp"))
+    after, block = model.state_dict(), "transformer_blocks.0."
+    assert all(torch.equal(after[name], before[name]) for name in before if name.startswith(f"{block}ff."))
+    drawn = f"{block}attn1.to_q.weight"
+    assert drawn in record(model).names("new") and not torch.equal(after[drawn], before[drawn])
+
+
 def test_any_grid_where_the_host_takes_it() -> None:
     model = convert(pixart(), "dit5")
     assert run(model, 4, 12).shape == (2, 6, 4, 12)
