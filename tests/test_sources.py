@@ -203,7 +203,8 @@ def test_transformers_model_brings_its_processors_statistics_and_keeps_them(tmp_
     assert (source.image_size, source.multiple) == (64, 16)  # the crop's 70 px, in whole patches
     picture = torch.randn(1, 3, 48, 48)
     with torch.no_grad():
-        assert torch.equal(source.model(picture).logits, model(picture).logits)
+        # Tensors mapped from a file may lie askew, and products then differ in their last bits.
+        torch.testing.assert_close(source.model(picture).logits, model(picture).logits, atol=1e-6, rtol=1e-5)
     checkpoint.save(convert(source.model), tmp_path / "saved")
     again = load_source(str(tmp_path / "saved"))
     assert (again.mean, again.std, again.image_size) == (source.mean, source.std, 48)

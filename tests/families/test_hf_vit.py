@@ -316,8 +316,8 @@ def test_calibration_lowers_every_sites_error_and_its_streams_are_the_two_models
     assert all(error.after < error.before for error in errors.values()) and len(errors) == 2
     with torch.no_grad():
         for piece, original, converted in zip(calibration.pieces, host, last(), strict=True):
-            torch.testing.assert_close(piece.host, original)
-            torch.testing.assert_close(piece.converted, converted)
+            torch.testing.assert_close(piece.host[0], original)
+            torch.testing.assert_close(piece.converted[0], converted)
 
 
 def test_calibrate_leaves_only_cores_changed() -> None:
