@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import figure6
 import generation
 import small
 import starts
@@ -143,6 +144,12 @@ def figures() -> Iterator[str]:
         yield "\n## Figure 5: multiply-adds against resolution"
         yield ""
         yield "![multiply-adds against resolution](pictures/figure5.png)"
+    if (found := read(RESULTS.parent / "figure6.json")) and figure6.PICTURE.is_file():
+        measured = "not run: it takes a GPU" if isinstance(found["run_s"], str) else "measured"
+        yield "\n## Figure 6: Stable Diffusion 3.5 Medium against resolution"
+        yield ""
+        yield "![multiply-adds and seconds against resolution](pictures/figure6.png)"
+        yield f"\nMultiply-adds are counted on the real geometry; our latency is {measured}."
     if tune.PICTURE.is_file():
         yield "\n## Calibrate, then tune\n\n![top-1 against training images](pictures/tune.png)"
 

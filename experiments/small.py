@@ -82,7 +82,7 @@ def prepared() -> Callable[[Any], Tensor]:
 
 def evaluate(model: nn.Module, data: LabelledImages) -> Any:
     """What the model says of every picture: an `Outcome`."""
-    return top_k(model, data, prepared(), batch=250)
+    return top_k(model, data, prepared(), batch=25)
 
 
 def unlabelled(data: LabelledImages, count: int, seed: int) -> Tensor:

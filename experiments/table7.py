@@ -121,7 +121,7 @@ class Learner:
         return result.model_dump(mode="json", exclude={"history"}) | {"losses": result.history[-1].losses}
 
     def judge(self) -> dict[str, Any]:
-        """For each prompt which of its pictures are correct, and strictly so."""
+        """For each prompt which of its pictures are correct, and strictly so, a digit a picture."""
         places = list(product(range(len(PROMPTS)), range(IMAGES)))
         verdicts: list[tuple[bool, bool]] = []
         for first in range(0, len(places), 64):
@@ -132,7 +132,8 @@ class Learner:
             verdicts += [judge(PROMPTS[index], things) for (index, _), things in zip(some, found, strict=True)]
         right, strict = zip(*verdicts, strict=True)
         every = range(0, len(places), IMAGES)
-        return {name: [list(which[i : i + IMAGES]) for i in every] for name, which in (("correct", right), ("strict", strict))}
+        kinds = {"correct": right, "strict": strict}
+        return {name: ["".join("01"[one] for one in which[i : i + IMAGES]) for i in every] for name, which in kinds.items()}
 
 
 def result_file(row: Row, seed: int) -> Path:
