@@ -46,8 +46,20 @@ class Call:
 
 
 def together(calls: list[Call]) -> Call:
-    """One call of all examples of `calls`, whose shapes are the same but for the first axis."""
-    return _mapped(lambda tensors: torch.cat(tensors) if tensors[0].ndim else tensors[0], calls)
+    """One call of all examples of `calls`, whose shapes are the same but for the first axis; what belongs to all must be equal.
+
+    Raises ValueError where a tensor that belongs to every example is not the same in all calls.
+    """
+    counts = [len(call) for call in calls]
+
+    def join(tensors: list[Tensor]) -> Tensor:
+        if all(tensor.ndim and len(tensor) == count for tensor, count in zip(tensors, counts, strict=True)):
+            return torch.cat(tensors)
+        if any(not torch.equal(tensor, tensors[0]) for tensor in tensors[1:]):
+            raise ValueError(f"calls of one shape differ in a tensor {tuple(tensors[0].shape)} that every example shares")
+        return tensors[0]
+
+    return _mapped(join, calls)
 
 
 def grouped(calls: Iterable[Call], most: int) -> Iterator[Call]:

@@ -135,7 +135,7 @@ def test_first_block_caching_does_with_a_converted_transformer_as_with_its_host(
     assert torch.equal(outs[1], outs[3]) and not torch.equal(outs[0], outs[1])
 
 
-@pytest.mark.parametrize("make", [lumina, wan])
+@hosts
 def test_calibration_walks_the_blocks(make: Maker) -> None:
     model = convert(make(), "sd35-t5-all")
     calls: list[Call] = []

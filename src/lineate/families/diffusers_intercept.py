@@ -8,8 +8,7 @@ by the core. A call with a mask, a second call and none at all are errors, never
     Lumina 2  layers.{i}.attn (the refiners stay)        text, then image  latents over patches
     Wan       blocks.{i}.attn1                           T frames of h×w   T·h × w; no convolutions or windows if T > 1
 
-What is off the grid stands before it. Not offered: watching what passes, pickling (deepcopy works), compiling in one graph, and
-calibrating Flux, whose places of tokens are taken for examples.
+What is off the grid stands before it. Not offered: watching what passes, pickling (deepcopy works) and compiling in one graph.
 
 Legend: B batch, H heads, N tokens, D head dim, h×w grid of one frame.
 """
