@@ -1,6 +1,6 @@
-"""The small scale of text to image: drawn shapes (`lineate.shapes`, world "grid") and a Stable Diffusion 3 of 2.5M parameters.
+"""The small scale of text to image: `lineate.text2image.shapes` (world "grid") and a Stable Diffusion 3 of 2.5M parameters.
 
-    python experiments/drawn.py --work runs/stand-in          trains the stand-in once, into src/lineate/standin (resumable)
+    python experiments/drawn.py --work runs/stand-in   trains the stand-in once, into lineate/text2image/standin (resumable)
 
 SD3.5-Medium in the small: 4 MMDiT blocks of 128 channels, 4 heads of 32, the first two dual, q-k norms; latents 4×4 of 32×32 px,
 one token each. Its autoencoder is linear and loses nothing here (`lineate.models.patches`); its two CLIP text encoders are drawn
@@ -24,9 +24,9 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from lineate import runs
 from lineate.models.patches import PatchAutoencoder
-from lineate.pipelines import STAND_IN
-from lineate.shapes import TAGS, TrainingScenes, find_world, prompts_of
-from lineate.texts import encode_texts
+from lineate.text2image.pipelines import STAND_IN
+from lineate.text2image.shapes import TAGS, TrainingScenes, find_world, prompts_of
+from lineate.text2image.texts import encode_texts
 from lineate.train.config import TrainConfig
 from lineate.train.data import Order, Ordered
 from lineate.train.loop import FitResult, fit

@@ -25,15 +25,15 @@ from torchvision.utils import make_grid, save_image
 
 import lineate
 from lineate import checkpoint, runs
-from lineate.autoencoder import to_bytes
 from lineate.calibrate import CalibrationConfig
 from lineate.convert import record
 from lineate.data import open_data
 from lineate.evaluate.fid import Features, embed, fd, find_extractor, kid, pictures_of
-from lineate.generate import Denoiser, Sampling, denoiser, sample, trajectory
+from lineate.generation.classes import Denoiser, Sampling, denoiser, sample, trajectory
 from lineate.recipes import dit5
 from lineate.settings import read_settings
 from lineate.statistics import mean_interval
+from lineate.text2image.autoencoder import to_bytes
 from lineate.train import TrainError
 from lineate.train.config import Denoise, TrainConfig
 from lineate.train.diffusion import denoising

@@ -27,8 +27,8 @@ import table12
 import tune
 from harness import RESULTS, Table, markdown
 
-from lineate.pipelines import STAND_IN
-from lineate.shapes import held_out
+from lineate.text2image.pipelines import STAND_IN
+from lineate.text2image.shapes import held_out
 
 OUT = Path(__file__).parents[1] / "docs" / "results.md"
 TABLES = (table1.TABLE, table2.TABLE, table3.TABLE, table4.TABLE, table5.TABLE, table11.TABLE)

@@ -6,7 +6,7 @@
 
 Every row starts from the trained stand-in (`drawn.py`). "3 of 6" replaces the image-only branches and the joint attention of
 the last block, as the paper's 18 of 37; "all" every attention. Calibrated on its own trajectories; each budget is a training
-with a schedule of its own. Judged by rule on prompts of `lineate.shapes`, the same noise for every row.
+with a schedule of its own. Judged by rule on prompts of `lineate.text2image.shapes`, the same noise for every row.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from lineate.calls import Call
 from lineate.convert import Conversion, preset, record
 from lineate.evaluate.shapes import detect, judge
 from lineate.evaluate.tally import Judged, Tally, tally
-from lineate.pipelines import load_pipeline
-from lineate.shapes import TAGS, TrainingScenes, benchmark, held_out
+from lineate.generation.prompted import PromptSampling, draw, trajectory
 from lineate.statistics import Interval, mean_interval
-from lineate.text2image import PromptSampling, draw, trajectory
+from lineate.text2image.pipelines import load_pipeline
+from lineate.text2image.shapes import TAGS, TrainingScenes, benchmark, held_out
 from lineate.train import TrainError
 from lineate.train.randomness import IMAGE, derive
 

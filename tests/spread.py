@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from timm.models import Eva, VisionTransformer
+from tiny import PLAIN, VISION, dit
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -32,7 +33,6 @@ from lineate.mixers.ttt import TTTConfig
 from lineate.ops import sharded
 from lineate.ops.sharded import Share
 from lineate.parallel import ShardedCore, parallelize
-from tiny import PLAIN, VISION, dit
 
 HOST = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5, "dynamic_img_size": True}
 NEAR = Neighborhood(window=3, mix="learned")

@@ -15,7 +15,7 @@ from lineate.calls import Call
 from lineate.convert import ConversionError, is_new
 from lineate.core import Neighborhood
 from lineate.evaluate import EvaluationError
-from lineate.generate import Sampling, denoiser, trajectory
+from lineate.generation.classes import Sampling, denoiser, trajectory
 from lineate.mixers.linear import LinearConfig, ProjQKConfig
 from lineate.mixers.softmax import SoftmaxConfig
 from lineate.mixers.ttt import TTTConfig

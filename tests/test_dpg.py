@@ -11,7 +11,7 @@ from PIL import Image
 
 from lineate.evaluate import EvaluationError, dpg
 from lineate.evaluate.tally import tally
-from lineate.prompts import sample_file, write_layout
+from lineate.text2image.prompts import sample_file, write_layout
 
 from .eyes import vilt
 

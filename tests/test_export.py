@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import lineate
 from lineate import export as exporting
-from lineate.cli import app
+from lineate.cli.app import app
 from lineate.convert import convert
 from lineate.export import ExportError, export
 from lineate.families import detect

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import lineate
 from lineate import linearize
-from lineate.cli import app
+from lineate.cli.app import app
 from lineate.convert import is_new, record
 from lineate.evaluate.top1 import Top1
 from lineate.report.run import load_run

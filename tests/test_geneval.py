@@ -15,7 +15,7 @@ from lineate.evaluate import EvaluationError, geneval
 from lineate.evaluate.geneval import Sighting, kept, look
 from lineate.evaluate.geneval_prompts import CLASSES, COLORS, geneval_prompts
 from lineate.evaluate.rules import Box, Found, faults, relations
-from lineate.prompts import (
+from lineate.text2image.prompts import (
     Clause,
     Prompt,
     PromptError,

@@ -10,7 +10,7 @@ EXTRA = ("typer", "rich", "jinja2", "matplotlib")
 def main() -> None:
     """Run the command; where its extra is not installed, say so in one line and exit with 1."""
     try:
-        from lineate.cli import app
+        from lineate.cli.app import app
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRA:
             raise

@@ -8,8 +8,8 @@ cores before it and to correct them. With `stream` "host" it is asked on the hos
 on cached activations, which is stage 1 of Diffusion Grafting (with the loss "l1").
 The host is its own teacher: its attention is still there, a core is only stood aside while the host's stream passes, so no
 second model is in memory. Every host weight stays frozen. Examples are pictures, or, of a denoiser, what it is called with along
-its own sampling (`lineate.generate.trajectory`). A fixed pool of them is drawn once and only its activations at one site are
-kept: memory grows with the pool (six tensors of pool × N × C), not with the number of examples.
+its own sampling (`trajectory` of `lineate.generation`). A fixed pool of them is drawn once and only its activations at one site
+are kept: memory grows with the pool (six tensors of pool × N × C), not with the number of examples.
 Own design; docs/calibration.md says what was tried and what it gave. Differs from the paper, which fine-tunes on labels.
 Source of the regression: Chandrasegaran et al., Diffusion Grafting, arXiv 2506.05340.
 
@@ -346,7 +346,7 @@ def calibrate(
     """Fit the new parameters of a converted `model`, in place, to the model's own softmax attention on `examples`.
 
     They are pictures, (M, 3, h, w) or an iterable of such batches or of single (3, h, w) ones, normalised as the model expects;
-    or calls of the model, as `lineate.generate.trajectory` has them of a denoiser. They may differ in shape.
+    or calls of the model, as `trajectory` of `lineate.generation` has them of a denoiser. They may differ in shape.
     `progress(done, total, what)` is called after every optimiser step.
     Raises `ConversionError` on an unconverted model, `EvaluationError` on unusable images, `CalibrationError` when a loss
     leaves the finite numbers. Whatever is raised, Ctrl-C included, the model stays valid: some cores fitted, the others as they

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lineate.autoencoder import decode, encode
 from lineate.models.patches import PatchAutoencoder
+from lineate.text2image.autoencoder import decode, encode
 
 
 def pictures(count: int = 40, directions: int = 5) -> Tensor:

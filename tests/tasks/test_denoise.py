@@ -15,7 +15,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import lineate
-from lineate.cli import app
+from lineate.cli.app import app
 from lineate.convert import is_new, record
 from lineate.models.dit import DiT
 from lineate.train.latents import Index, read_index

@@ -13,11 +13,11 @@ import torch
 from typer.testing import CliRunner
 
 import lineate
-from lineate.cli import app
+from lineate.cli.app import app
 from lineate.convert import record
 from lineate.evaluate import fid
 from lineate.evaluate.fid import INCEPTION, Extractor
-from lineate.generate import read
+from lineate.generation.classes import read
 from lineate.models import dit
 from lineate.models.dit import DIT_MODELS, DiT
 

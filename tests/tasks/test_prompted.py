@@ -12,11 +12,11 @@ from torchvision.transforms.functional import to_pil_image
 from typer.testing import CliRunner
 
 import lineate
-from lineate.cli import app
+from lineate.cli.app import app
 from lineate.convert import is_new, record
-from lineate.pipelines import load_pipeline
 from lineate.recipes import RECIPES
-from lineate.shapes import TrainingScenes, find_world
+from lineate.text2image.pipelines import load_pipeline
+from lineate.text2image.shapes import TrainingScenes, find_world
 
 QUICK = ("--set", "train.steps=3", "--set", "train.batch=4", "--set", "train.tracker=none", "--set", "train.precision=no")
 
@@ -128,6 +128,6 @@ def test_the_default_draws_a_grid(tmp_path: Path) -> None:
     asked = ("--prompt", "a red cross", "--prompt", "two squares", "--steps", "2", "--number", "3")
     found = call("generate", *asked, "--grid", tmp_path / "grid.png")
     assert found.exit_code == 0, found.stderr
-    from lineate.generate import read
+    from lineate.generation.classes import read
 
     assert read(tmp_path / "grid.png").shape == (3, 2 * 34 + 2, 3 * 34 + 2)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lineate.autoencoder import GenerateError, decode, encode, load_autoencoder, scale_shift, to_bytes, to_pixels
 from lineate.data import LabelledImages
+from lineate.text2image.autoencoder import GenerateError, decode, encode, load_autoencoder, scale_shift, to_bytes, to_pixels
 from lineate.train import TrainError
 from lineate.train.config import Augment, TrainConfig
 from lineate.train.data import Key

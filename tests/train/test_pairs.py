@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lineate.autoencoder import to_pixels
-from lineate.captioned import CaptionedImages, open_captioned
-from lineate.pipelines import load_pipeline
-from lineate.texts import encode_texts
+from lineate.text2image.autoencoder import to_pixels
+from lineate.text2image.captioned import CaptionedImages, open_captioned
+from lineate.text2image.pipelines import load_pipeline
+from lineate.text2image.texts import encode_texts
 from lineate.train import TrainError
 from lineate.train.config import Augment, TrainConfig
 from lineate.train.pairs import PairBatches, PairIndex, cache_pairs, fitted, sizes_near

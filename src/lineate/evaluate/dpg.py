@@ -1,7 +1,8 @@
 """DPG-Bench: dense prompts, and a graph of yes-or-no questions to each, asked of a grid of four pictures.
 
     PROMPTS/ITEM.txt   the prompts
-    GRIDS/ITEM.png     four pictures of one, 2×2 without padding; or `lineate.prompts`' folders, where an item is its prompt's tag
+    GRIDS/ITEM.png     four pictures of one, 2×2 without padding; or the folders of `lineate.text2image.prompts`, where an item is
+                       its prompt's tag
     QUESTIONS.csv      a row a question: item_id, proposition_id, dependency ("0", or the questions without which this one is
                        moot: "1,3"), category_broad, category_detailed, question_natural_language and others
     ANSWERS.csv        item, image (0 to 3, row by row), question (proposition_id), answer, and perhaps viewer, who answered:
@@ -30,7 +31,7 @@ from lineate.evaluate import EvaluationError, Progress
 from lineate.evaluate.tally import Judged
 from lineate.images import find_images, open_image
 from lineate.mixers.base import Frozen
-from lineate.prompts import Prompt, has_layout, read_layout
+from lineate.text2image.prompts import Prompt, has_layout, read_layout
 
 if TYPE_CHECKING:
     from PIL.Image import Image

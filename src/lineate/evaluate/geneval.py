@@ -25,7 +25,7 @@ from lineate.evaluate.rules import Found, faults
 from lineate.evaluate.tally import Judged
 from lineate.images import open_image
 from lineate.mixers.base import Frozen
-from lineate.prompts import Prompt, read_layout
+from lineate.text2image.prompts import Prompt, read_layout
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from lineate.prompts import RELATIONS, Clause, Prompt, Relation
+from lineate.text2image.prompts import RELATIONS, Clause, Prompt, Relation
 
 if TYPE_CHECKING:
     from numpy.random import Generator

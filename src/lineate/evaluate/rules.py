@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from lineate.mixers.base import Frozen
-from lineate.prompts import Clause, Prompt, Relation
+from lineate.text2image.prompts import Clause, Prompt, Relation
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in px, y down
 

@@ -29,8 +29,8 @@ from lineate.evaluate import EvaluationError
 from lineate.evaluate.rules import Found, faults
 from lineate.evaluate.tally import Judged
 from lineate.images import open_image
-from lineate.prompts import Prompt, read_layout
-from lineate.shapes import COLOURS, World, held_out, stamp
+from lineate.text2image.prompts import Prompt, read_layout
+from lineate.text2image.shapes import COLOURS, World, held_out, stamp
 
 LEAST_AREA = 8
 LEAST_IOU = 0.5

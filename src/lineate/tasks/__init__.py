@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from lineate.pipelines import is_pipeline
 from lineate.sources import is_denoiser
 from lineate.tasks.base import Say, Task, TrainPlan
+from lineate.text2image.pipelines import is_pipeline
 
 
 def task_of(plan: TrainPlan, say: Say) -> Task:

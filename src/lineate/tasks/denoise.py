@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lineate.autoencoder import GenerateError, load_autoencoder
 from lineate.convert import Conversion, convert
 from lineate.data import check_classes, open_data
 from lineate.evaluate import Progress
-from lineate.generate import denoiser
+from lineate.generation.classes import denoiser
 from lineate.sources import load_denoiser
 from lineate.tasks.base import Say, Task, TrainPlan
+from lineate.text2image.autoencoder import GenerateError, load_autoencoder
 from lineate.train import TrainError
 from lineate.train.config import Distill
 from lineate.train.data import Ordered

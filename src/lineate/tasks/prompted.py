@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from lineate import checkpoint
-from lineate.captioned import open_captioned
 from lineate.convert import Conversion, convert
 from lineate.evaluate import Progress
-from lineate.pipelines import load_pipeline
 from lineate.tasks.base import Say, Task, TrainPlan
+from lineate.text2image.captioned import open_captioned
+from lineate.text2image.pipelines import load_pipeline
 from lineate.train import TrainError
 from lineate.train.config import Distill
 from lineate.train.data import Ordered

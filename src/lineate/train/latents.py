@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lineate.autoencoder import encode, fingerprint, to_pixels
 from lineate.data import LabelledImages
 from lineate.evaluate import Progress
 from lineate.mixers.base import Frozen
+from lineate.text2image.autoencoder import encode, fingerprint, to_pixels
 from lineate.train import TrainError
 from lineate.train.config import Augment, TrainConfig
 from lineate.train.data import Batch, Key, Order, Ordered

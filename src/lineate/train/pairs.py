@@ -27,11 +27,11 @@ from PIL.Image import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lineate.autoencoder import encode, fingerprint, to_pixels
-from lineate.captioned import CaptionedImages
 from lineate.evaluate import Progress
 from lineate.mixers.base import Frozen
-from lineate.texts import encode_texts
+from lineate.text2image.autoencoder import encode, fingerprint, to_pixels
+from lineate.text2image.captioned import CaptionedImages
+from lineate.text2image.texts import encode_texts
 from lineate.train import TrainError
 from lineate.train.config import Augment, TrainConfig
 from lineate.train.latents import claim_index, read_index, shard_name, write_shard

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lineate.cli_options import Device, OutFile, Overwrite, Split
-from lineate.terminal import screen
+from lineate.cli.options import Device, OutFile, Overwrite, Split
+from lineate.cli.terminal import screen
 
 OFFLINE, INCEPTION = "efficientnet-lite0", "inception"
 

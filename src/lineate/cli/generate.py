@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from lineate.cli_options import AllChannels, Scheduler
-from lineate.cli_prompts import draw_prompts
-from lineate.terminal import screen
+from lineate.cli.options import AllChannels, Scheduler
+from lineate.cli.prompts import draw_prompts
+from lineate.cli.terminal import screen
 
 MOST_COLUMNS = 16
 _RUN = "a directory saved by lineate, a run's folder that holds one, dit:NAME@CHECKPOINT; of texts also shapes or diffusers:NAME"
@@ -42,12 +42,12 @@ def generate(
 ) -> None:
     """Pictures of classes, or of texts with --prompt or --prompts; with --out on many GPUs: accelerate launch -m lineate ..."""
     from lineate import runs
-    from lineate.autoencoder import GenerateError, load_autoencoder
     from lineate.evaluate.top1 import processes
-    from lineate.generate import Sampling, denoiser
-    from lineate.generate import generate as make
-    from lineate.generate import grid as together
+    from lineate.generation.classes import Sampling, denoiser
+    from lineate.generation.classes import generate as make
+    from lineate.generation.classes import grid as together
     from lineate.sources import load_denoiser
+    from lineate.text2image.autoencoder import GenerateError, load_autoencoder
 
     if grid is None and out is None:
         raise GenerateError("nothing to write; choices: --grid FILE.png, --out DIR, or both")
@@ -89,7 +89,7 @@ def generate(
 
 def _numbers(text: str) -> list[int]:
     """Whole numbers between commas. Raises `GenerateError` for anything else."""
-    from lineate.autoencoder import GenerateError
+    from lineate.text2image.autoencoder import GenerateError
 
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() for part in parts):

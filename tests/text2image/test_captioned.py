@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lineate.captioned import open_captioned
 from lineate.data import DataError
+from lineate.text2image.captioned import open_captioned
 
 CAPTIONS = {"a": "a red square", "b": "a blue one", "c": "two of them"}
 

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from lineate.cli_calibrate import calibrate
-from lineate.cli_export import export
-from lineate.cli_fid import fid
-from lineate.cli_generate import generate
-from lineate.cli_options import (
+from lineate.cli.calibrate import calibrate
+from lineate.cli.export import export
+from lineate.cli.fid import fid
+from lineate.cli.generate import generate
+from lineate.cli.options import (
     FORMS,
     SOURCE,
     Config,
@@ -45,9 +45,9 @@ from lineate.cli_options import (
     Workers,
     converted_as,
 )
-from lineate.cli_options import settings as read
-from lineate.cli_score import dpg, geneval, prompts, shapes
-from lineate.terminal import Screen, screen, show, show_accuracy, show_conversions, show_cost
+from lineate.cli.options import settings as read
+from lineate.cli.score import dpg, geneval, prompts, shapes
+from lineate.cli.terminal import Screen, screen, show, show_accuracy, show_conversions, show_cost
 
 if TYPE_CHECKING:
     from lineate.linearize import Plan
@@ -58,7 +58,6 @@ def _expected() -> tuple[type[BaseException], ...]:
     """Errors that a user can cause or mend."""
     from pydantic import ValidationError
 
-    from lineate.autoencoder import GenerateError
     from lineate.calibrate import CalibrationError
     from lineate.checkpoint import CheckpointError
     from lineate.convert import ConversionError
@@ -68,13 +67,14 @@ def _expected() -> tuple[type[BaseException], ...]:
     from lineate.export import ExportError
     from lineate.families import UnsupportedModelError
     from lineate.images import ImageError
-    from lineate.prompts import PromptError
     from lineate.released import ReleasedError
     from lineate.report import ReportError
     from lineate.runs import RunError
     from lineate.settings import SettingsError
-    from lineate.shapes import ShapesError
     from lineate.sources import SourceError
+    from lineate.text2image.autoencoder import GenerateError
+    from lineate.text2image.prompts import PromptError
+    from lineate.text2image.shapes import ShapesError
     from lineate.train import TrainError
 
     return (

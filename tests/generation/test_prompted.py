@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import lineate
-from lineate.autoencoder import GenerateError
 from lineate.evaluate.shapes import detect, judge
-from lineate.generate import read
-from lineate.pipelines import load_pipeline
-from lineate.prompts import Prompt, read_layout, write_prompts
-from lineate.shapes import find_world, prompts_of
-from lineate.text2image import PromptSampling, draw, generate_prompts, plain_prompts, prompts_in, trajectory
+from lineate.generation.classes import read
+from lineate.generation.prompted import PromptSampling, draw, generate_prompts, plain_prompts, prompts_in, trajectory
+from lineate.text2image.autoencoder import GenerateError
+from lineate.text2image.pipelines import load_pipeline
+from lineate.text2image.prompts import Prompt, read_layout, write_prompts
+from lineate.text2image.shapes import find_world, prompts_of
 
 QUICK = PromptSampling(steps=2)
 TEXTS = ("a red cross", "two squares")

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lineate.cli_options import (
+from lineate.cli.options import (
     AllChannels,
     Config,
     Device,
@@ -25,7 +25,7 @@ from lineate.cli_options import (
     Steps,
     settings,
 )  # fmt: skip
-from lineate.terminal import Screen, screen
+from lineate.cli.terminal import Screen, screen
 
 
 def calibrate(
@@ -43,11 +43,11 @@ def calibrate(
     """
     from lineate import runs, save
     from lineate.checkpoint import RUN, check_target
-    from lineate.generate import Sampling
+    from lineate.generation.classes import Sampling
     from lineate.linearize import describe, tensor_counts
-    from lineate.pipelines import is_pipeline
     from lineate.settings import SettingsError
     from lineate.sources import is_denoiser
+    from lineate.text2image.pipelines import is_pipeline
 
     asked = settings(source, preset, config, set_, seed)
     check_target(out.resolve(), overwrite)
@@ -109,7 +109,7 @@ def _along_sampling(source: str, asked: Any, sampling: Any, place: Any, shown: S
     from lineate import convert
     from lineate.calibrate import calibrate as fit
     from lineate.checkpoint import original_of
-    from lineate.generate import denoiser, trajectory
+    from lineate.generation.classes import denoiser, trajectory
     from lineate.sources import load_denoiser
 
     model = load_denoiser(source).to(place)
@@ -128,8 +128,8 @@ def _along_prompts(source: str, asked: Any, file: Path, chosen: dict[str, Any], 
     from lineate import convert
     from lineate.calibrate import calibrate as fit
     from lineate.checkpoint import original_of
-    from lineate.pipelines import load_pipeline
-    from lineate.text2image import PromptSampling, prompts_in, trajectory
+    from lineate.generation.prompted import PromptSampling, prompts_in, trajectory
+    from lineate.text2image.pipelines import load_pipeline
 
     texts, sampling = [prompt.prompt for prompt in prompts_in(file)], PromptSampling.model_validate(chosen)
     pipe = load_pipeline(source).to(place)

@@ -12,8 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import lineate
-from lineate.cli import app
-from lineate.generate import read
+from lineate.cli.app import app
+from lineate.generation.classes import read
 from lineate.models import dit
 from lineate.models.dit import DiT
 

@@ -21,8 +21,10 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import lineate
-from lineate import checkpoint, cli, linearize, pictures
-from lineate.cli import app
+from lineate import checkpoint, linearize, pictures
+from lineate.cli import app as cli
+from lineate.cli.app import app
+from lineate.cli.terminal import show_conversions
 from lineate.convert import PRESETS, Conversion, core_modules, record
 from lineate.core import Neighborhood
 from lineate.mixers import MIXERS, TokenMixer
@@ -31,7 +33,6 @@ from lineate.mixers.linear import LinearConfig
 from lineate.mixers.ttt import TTTConfig
 from lineate.report.run import load_run
 from lineate.settings import SettingsError, parse_sizes, read_settings
-from lineate.terminal import show_conversions
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 ONE_SITE = ("--set", 'sites=["blocks.0.attn"]')

@@ -4,7 +4,7 @@
     diffusers:NAME     a pipeline of the Hugging Face hub, or a folder with model_index.json that `save_pretrained` wrote
     FOLDER             such a folder, or what `lineate train` left: the transformer, put into the pipeline that it came from
 
-The stand-in is a pipeline of 2.5M parameters that draws the scenes of `lineate.shapes`; `experiments/drawn.py` trained it.
+The stand-in is a pipeline of 2.5M parameters that draws the scenes of `shapes`; `experiments/drawn.py` trained it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from lineate import checkpoint
-from lineate.autoencoder import GenerateError
-from lineate.texts import quietly
+from lineate.text2image.autoencoder import GenerateError
+from lineate.text2image.texts import quietly
 
 STAND_IN, SHAPES = Path(__file__).parent / "standin", "shapes"
 FAMILY = "diffusers-sd3"

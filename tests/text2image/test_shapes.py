@@ -13,8 +13,8 @@ from torch import Tensor
 from lineate.evaluate import EvaluationError
 from lineate.evaluate.rules import Found
 from lineate.evaluate.shapes import UNKNOWN, detect, judge
-from lineate.prompts import Prompt
-from lineate.shapes import (
+from lineate.text2image.prompts import Prompt
+from lineate.text2image.shapes import (
     COLOURS,
     TAGS,
     WORLDS,

@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lineate.cli_options import SOURCE, Overwrite
-from lineate.terminal import screen
+from lineate.cli.options import SOURCE, Overwrite
+from lineate.cli.terminal import screen
 
 _RUN = f"a run's folder that holds one, {SOURCE}, or dit:NAME@CHECKPOINT"
 

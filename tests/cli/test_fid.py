@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
-from lineate.cli import app
+from lineate.cli.app import app
 from lineate.evaluate import fid
 from lineate.evaluate.fid import INCEPTION, Extractor
 

@@ -16,13 +16,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lineate.autoencoder import fingerprint, to_bytes
 from lineate.calls import Call, listening
 from lineate.evaluate import Progress
-from lineate.generate import KEPT_STEPS, claim, write_picture
+from lineate.generation.classes import KEPT_STEPS, claim, write_picture
 from lineate.mixers.base import Frozen
-from lineate.prompts import Prompt, read_prompts, sample_file, write_layout
-from lineate.texts import encode_texts, quietly
+from lineate.text2image.autoencoder import fingerprint, to_bytes
+from lineate.text2image.prompts import Prompt, read_prompts, sample_file, write_layout
+from lineate.text2image.texts import encode_texts, quietly
 from lineate.train.randomness import IMAGE, TRAJECTORY, derive
 
 

@@ -11,11 +11,11 @@ import torch
 from typer.testing import CliRunner
 
 import lineate
-from lineate.cli import app
+from lineate.cli.app import app
 from lineate.convert import record
 from lineate.settings import read_settings
 
-from .tiny import DIT, dit
+from ..tiny import DIT, dit
 
 QUICK = ("--set", "calibration.steps=3", "--set", "calibration.pool=8", "--steps", "4", "--guidance", "2")
 

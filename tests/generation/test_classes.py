@@ -17,9 +17,8 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from lineate import generate as module
-from lineate.autoencoder import GenerateError
-from lineate.generate import (
+from lineate.generation import classes as module
+from lineate.generation.classes import (
     Denoiser,
     Sampling,
     denoiser,
@@ -32,6 +31,7 @@ from lineate.generate import (
     sample,
 )
 from lineate.models.dit import DiT
+from lineate.text2image.autoencoder import GenerateError
 
 WORKER = Path(__file__).parent / "generating.py"
 

@@ -51,9 +51,9 @@ def settings(
     source: str, preset: str | None, config: Path | None, assignments: list[str] | None, seed: int | None, **training: Any
 ) -> Settings:
     """What the options say of a source, from where a classifier or a denoiser begins."""
-    from lineate.pipelines import is_pipeline
     from lineate.settings import read_settings
     from lineate.sources import is_denoiser
+    from lineate.text2image.pipelines import is_pipeline
 
     default = "sd35-t5" if is_pipeline(source) else "dit5" if is_denoiser(source) else "t5"
     return read_settings(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lineate.cli_options import Device, OutFile, Overwrite
-from lineate.terminal import screen, show_scores
+from lineate.cli.options import Device, OutFile, Overwrite
+from lineate.cli.terminal import screen, show_scores
 
 if TYPE_CHECKING:
     from lineate.evaluate.dpg import DpgResult, Mode
@@ -31,8 +31,8 @@ def prompts(
     from lineate import runs
     from lineate.evaluate.dpg import read_texts
     from lineate.evaluate.geneval_prompts import geneval_prompts
-    from lineate.prompts import PromptError, write_prompts
-    from lineate.shapes import WORLDS, benchmark
+    from lineate.text2image.prompts import PromptError, write_prompts
+    from lineate.text2image.shapes import WORLDS, benchmark
 
     runs.check_file(file, overwrite)
     if name == "geneval":
@@ -56,7 +56,7 @@ def shapes(
     """Score pictures of drawn shapes, by rule and without a network: correct, and strictly so."""
     from lineate import runs
     from lineate.evaluate.shapes import score
-    from lineate.shapes import find_world
+    from lineate.text2image.shapes import find_world
 
     runs.check_file(out, overwrite)
     _check_same(folder, against)
@@ -178,7 +178,7 @@ def _answer(folder: Path, file: Path, graph: Any, vqa: str | None, device: Any) 
 def _check_same(folder: Path, against: Path | None) -> None:
     """Raise, before long work, unless both folders are of the same prompts."""
     from lineate.evaluate import EvaluationError
-    from lineate.prompts import read_layout
+    from lineate.text2image.prompts import read_layout
 
     layout = [prompt for prompt, _ in read_layout(folder)]
     if against is not None and layout != [prompt for prompt, _ in read_layout(against)]:

@@ -13,14 +13,14 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from typer.testing import CliRunner
 
-from lineate.cli import app
+from lineate.cli.app import app
 from lineate.evaluate.geneval import DETECTIONS, Detections
 from lineate.evaluate.geneval_prompts import COLORS, geneval_prompts
 from lineate.evaluate.rules import Found
-from lineate.prompts import Clause, Prompt, read_prompts, sample_file, write_layout
-from lineate.shapes import WORLDS, benchmark, draw, held_out, scene_of
+from lineate.text2image.prompts import Clause, Prompt, read_prompts, sample_file, write_layout
+from lineate.text2image.shapes import WORLDS, benchmark, draw, held_out, scene_of
 
-from .eyes import clip, mask2former, vilt
+from ..eyes import clip, mask2former, vilt
 
 GRID = WORLDS["grid"]
 HEADER = "item_id,proposition_id,dependency,category_broad,category_detailed,question_natural_language\n"

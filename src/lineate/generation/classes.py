@@ -10,7 +10,8 @@ channel and the variance are those of the class alone. `guided_channels` None gu
 
 Every draw for picture i follows from (seed, i), and is made on the CPU: neither the batch, the device, the number of processes
 nor a run's interruption changes what is drawn. Files appear whole, and those that are there are kept. Pixels are bytes as
-`lineate.autoencoder` says. Sources: Ho et al., arXiv 2006.11239; Song et al., arXiv 2010.02502; Ho & Salimans, arXiv 2207.12598.
+`lineate.text2image.autoencoder` says.
+Sources: Ho et al., arXiv 2006.11239; Song et al., arXiv 2010.02502; Ho & Salimans, arXiv 2207.12598.
 
 Legend: B batch, C channels, h×w grid.
 """
@@ -29,12 +30,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lineate.autoencoder import GenerateError, decode, fingerprint, to_bytes
 from lineate.calls import Call, listening
 from lineate.evaluate import Progress, evaluating
 from lineate.images import open_image
 from lineate.mixers.base import Frozen
 from lineate.models.dit import DiT
+from lineate.text2image.autoencoder import GenerateError, decode, fingerprint, to_bytes
 from lineate.train.diffusion import Ddpm, predict
 from lineate.train.randomness import IMAGE, TRAJECTORY, derive
 

@@ -1,4 +1,4 @@
-"""Makes five pictures in the folder named, in as many processes as it was started as; for tests/test_generate.py."""
+"""Makes five pictures in the folder named, in as many processes as it was started as; for test_classes.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lineate.evaluate.top1 import processes
-from lineate.generate import Sampling, denoiser, generate
+from lineate.generation.classes import Sampling, denoiser, generate
 from lineate.models.dit import DiT
 
 if __name__ == "__main__":

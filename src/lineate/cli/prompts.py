@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from lineate.terminal import screen
+from lineate.cli.terminal import screen
 
 
 def draw_prompts(
@@ -30,11 +30,11 @@ def draw_prompts(
     import torch
 
     from lineate import runs
-    from lineate.autoencoder import GenerateError
     from lineate.evaluate.top1 import processes
-    from lineate.generate import grid as together
-    from lineate.pipelines import load_pipeline
-    from lineate.text2image import PromptSampling, generate_prompts, plain_prompts, prompts_in
+    from lineate.generation.classes import grid as together
+    from lineate.generation.prompted import PromptSampling, generate_prompts, plain_prompts, prompts_in
+    from lineate.text2image.autoencoder import GenerateError
+    from lineate.text2image.pipelines import load_pipeline
 
     prompts = plain_prompts(texts) if file is None else prompts_in(file)
     said = {name: value for name, value in asked.items() if value is not None}
@@ -59,7 +59,7 @@ def draw_prompts(
 
 def _size(text: str | None) -> tuple[int, int] | None:
     """Height and width of "1024" or "768x1280". Raises `GenerateError`."""
-    from lineate.autoencoder import GenerateError
+    from lineate.text2image.autoencoder import GenerateError
 
     if text is None:
         return None
