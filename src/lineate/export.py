@@ -3,8 +3,8 @@
     pixel_values (B, 3, h, w)                       ->  logits (B, classes), last_hidden_state (B, N, C), class_token (B, C)
     latents (B, C, h, w), times (B,), classes (B,)  ->  prediction (B, C', h, w)                         lineate's own DiT
 
-B, h and w are free where the model takes any size (two or more patches a side), and position embeddings are interpolated inside
-the file; windows are refused then. Before a file appears it is run (an ONNX graph by onnxruntime) at three sizes, beside the
+B, h and w are free where the model takes any size (two or more patches a side; where attention has windows, more than one of the
+tiles that they are cut into: nine), and position embeddings are interpolated inside the file. Before a file appears it is run (an ONNX graph by onnxruntime) at three sizes, beside the
 model: where they disagree there is no file. `last_hidden_state` is after the last norm, `class_token` its first token. Tracing is
 torch.export's non-strict mode: the grid reaches the cores through hooks, which strict mode does not follow.
 
@@ -29,6 +29,7 @@ from torch.export import Dim, ExportedProgram
 from lineate.convert import core_modules
 from lineate.evaluate import evaluating
 from lineate.families import Features, Geometry, detect
+from lineate.ops.local import SMALLEST_TILE
 from lineate.version import __version__
 
 Format = Literal["onnx", "torch"]
@@ -38,7 +39,6 @@ OUTPUTS: dict[str, Callable[[Features], Tensor | None]] = {
     "last_hidden_state": lambda found: found.tokens,
     "class_token": lambda found: found.tokens[:, 0],
 }
-WINDOWED = ("clear", "neighborhood", "swa")  # mixers that cut the tokens into tiles
 NEEDS = ("onnx", "onnxscript", "onnxruntime")  # for ONNX
 TOLERANCE = 1e-4  # ‖file - model‖ / ‖model‖ of each output; different orders of summation in fp32 are at about 1e-6
 Runner = Callable[..., Sequence[Tensor]]
@@ -67,6 +67,7 @@ class _Call:
     draw: Callable[[int, int, int], tuple[Tensor, ...]]
     patch: tuple[int, int]
     sizes: tuple[tuple[int, int], ...]
+    fewest: int  # patches a side
 
 
 class _Pictures(nn.Module):
@@ -92,24 +93,33 @@ class _Denoiser(nn.Module):
         return (self.model(latents, times, classes),)
 
 
-def _sizes(geometry: Geometry) -> tuple[tuple[int, int], ...]:
+def _fewest(model: nn.Module) -> int:
+    """Patches a side from which on a trace holds: it takes for granted that windows are cut into several tiles."""
+    extents = [0]
+    for core in core_modules(model).values():
+        windows = (core.config.neighborhood, core.config.mixer)
+        extents += [getattr(part, name) for part in windows for name in ("window", "radius") if hasattr(part, name)]
+    return max(SMALLEST_TILE, *extents) + 1 if any(extents) else 2
+
+
+def _sizes(geometry: Geometry, fewest: int) -> tuple[tuple[int, int], ...]:
     """A low, a high and the model's own size; the own one alone where it takes no other."""
     patch_h, patch_w = geometry.patch
     own = geometry.image or (16 * patch_h, 16 * patch_w)
     if not geometry.any_size:
         return (own,)
-    rows, columns = own[0] // patch_h, own[1] // patch_w
-    grids = ((max(2, rows // 2), columns + 1), (rows + 1, max(2, columns // 2)))
-    return (*((r * patch_h, c * patch_w) for r, c in grids), own)
+    rows, columns = (max(fewest, side) for side in (own[0] // patch_h, own[1] // patch_w))
+    grids = ((max(fewest, rows // 2), columns + fewest), (rows + fewest, max(fewest, columns // 2)), (rows, columns))
+    return tuple((r * patch_h, c * patch_w) for r, c in grids)
 
 
 def _call(model: Any, outputs: Sequence[str]) -> _Call:
     """How `model` is called. Raises `ExportError` for outputs that it does not have."""
     family = detect(model)
     geometry = family.geometry(model)
-    if geometry.any_size:
-        _check_windows(model)
-    found = partial(_Call, patch=geometry.patch, sizes=_sizes(geometry))
+    fewest = _fewest(model)
+    sizes = _sizes(geometry, fewest)
+    found = partial(_Call, patch=geometry.patch, sizes=sizes, fewest=fewest)
     if family.name == "lineate":
         channels, labels = model.x_embedder.proj.in_channels, model.y_embedder.classes
         draw = lambda b, h, w: (torch.randn(b, channels, h, w), 999 * torch.rand(b), torch.randint(labels, (b,)))  # noqa: E731
@@ -117,20 +127,10 @@ def _call(model: Any, outputs: Sequence[str]) -> _Call:
     if family.name.startswith("diffusers"):
         raise ExportError(f"{type(model).__name__} is diffusers' own denoiser; what can be exported takes pictures, or is a DiT")
     with torch.no_grad():
-        probe = family.features(model, torch.zeros(1, 3, *_sizes(geometry)[0]))
+        probe = family.features(model, torch.zeros(1, 3, *sizes[0]))
     absent = {"logits": probe.logits is None, "class_token": not geometry.class_token}
     chosen = _chosen(outputs, [name for name in OUTPUTS if not absent.get(name)])
     return found(_Pictures(model, chosen), ("pixel_values",), chosen, lambda b, h, w: (torch.randn(b, 3, h, w),))
-
-
-def _check_windows(model: nn.Module) -> None:
-    """Raise `ExportError` for attention in tiles of the grid: their number would have to be free too, and traces fix it."""
-    for site, core in core_modules(model).items():
-        if core.config.neighborhood is not None or core.config.mixer.name in WINDOWED:
-            raise ExportError(
-                f"{site} attends inside windows, which can be exported for one size only; choices: a conversion without, such as "
-                "t5, or a model built for one size"
-            )
 
 
 def _chosen(outputs: Sequence[str], names: list[str]) -> tuple[str, ...]:
@@ -146,7 +146,7 @@ def _trace(call: _Call) -> ExportedProgram:
     batch = Dim("batch", min=1)
     free: dict[int, Any] = {0: batch}
     if len(call.sizes) > 1:
-        free |= {2: patch_h * Dim("rows", min=2), 3: patch_w * Dim("columns", min=2)}
+        free |= {2: patch_h * Dim("rows", min=call.fewest), 3: patch_w * Dim("columns", min=call.fewest)}
     inputs = call.draw(2, height, width)
     shapes = tuple(free if x.ndim == 4 else {0: batch} for x in inputs)
     return torch.export.export(call.module, inputs, dynamic_shapes=shapes, strict=False)

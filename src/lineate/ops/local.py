@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lineate.ops import flex
 
-_SMALLEST_TILE = 8
+SMALLEST_TILE = 8
 
 
 class Axis(NamedTuple):
@@ -36,9 +36,12 @@ class Axis(NamedTuple):
 
 
 def cut(length: int, window: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of queries (T, P), padded by repeating the last, and of the keys within window // 2 of them (T, S), on the grid."""
-    tile = max(_SMALLEST_TILE, window // 2)
-    block = min(tile + window - 1, length)
+    """Rows of queries (T, P), padded by repeating the last, and of the keys within window // 2 of them (T, S), on the grid.
+
+    `length` may be a symbol of torch.export's; a trace holds for any that needs more than one tile.
+    """
+    tile = max(SMALLEST_TILE, window // 2)
+    block = torch.sym_min(tile + window - 1, length)
     start = torch.arange(0, length, tile, device=device)[:, None]
     queries = (start + torch.arange(tile, device=device)).clamp(max=length - 1)
     return queries, (start - window // 2).clamp(0, length - block) + torch.arange(block, device=device)
@@ -53,7 +56,7 @@ def _tiles(x: Tensor, index: Tensor) -> Tensor:
     """(B, H, M, D) at index (T, P or S) -> (B·T, H, P or S, D); gathered before the heads part, where rows are long."""
     batch, heads, _, dim = x.shape
     gathered = x.transpose(1, 2).index_select(1, index.flatten())
-    return gathered.view(batch * len(index), -1, heads, dim).transpose(1, 2)
+    return gathered.view(batch * index.shape[0], -1, heads, dim).transpose(1, 2)
 
 
 def check_grid(q: Tensor, k: Tensor, height: int, width: int, first: int) -> None:
@@ -76,7 +79,7 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, rows: Axis, columns: Axis, 
     key = key + first
     if total > tokens:
         outside = torch.cat((torch.arange(first, device=device), torch.arange(first + tokens, total, device=device)))
-        key = torch.cat((key, outside.expand(len(key), -1)), dim=1)
+        key = torch.cat((key, outside.expand(key.shape[0], -1)), dim=1)
         mask = F.pad(mask, (0, total - tokens), value=True)
     mask = mask.expand(batch, -1, -1, -1).flatten(0, 1).unsqueeze(1)
     out = F.scaled_dot_product_attention(_tiles(q, query), _tiles(k, key), _tiles(v, key), attn_mask=mask)

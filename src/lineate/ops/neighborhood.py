@@ -54,8 +54,8 @@ def _by_natten(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, window:
 
 
 def _windows(length: int, window: int, device: torch.device) -> Axis:
-    window = min(window, length)
     queries, keys = cut(length, window, device)
+    window = torch.sym_min(window, length)
     low = (queries - window // 2).clamp(0, length - window)[:, :, None]
     return Axis(length, queries, keys, ((keys[:, None] < low) | (keys[:, None] >= low + window)).int())
 
