@@ -5,9 +5,9 @@
 
 B, h and w are free where the model takes any size (two or more patches a side; where attention has windows, more than one of the
 tiles that they are cut into: nine), and position embeddings are interpolated inside the file. Before a file appears it is run (an
-ONNX graph by onnxruntime) at three sizes, beside the model: where they disagree there is no file. `last_hidden_state` is after the
-last norm, `class_token` its first token. Tracing is torch.export's non-strict mode: the grid reaches the cores through hooks, which
-strict mode does not follow.
+ONNX graph by onnxruntime) at three sizes, beside the model: where they disagree there is no file. `last_hidden_state` is after
+the last norm, `class_token` its first token. Tracing is torch.export's non-strict mode: the grid reaches the cores through hooks,
+which strict mode does not follow.
 
 Legend: B batch, N tokens, C channels, h×w px.
 """

@@ -55,9 +55,9 @@ def _by_natten(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, window:
 
 def _windows(length: int, window: int, device: torch.device) -> Axis:
     queries, keys = cut(length, window, device)
-    window = torch.sym_min(window, length)
-    low = (queries - window // 2).clamp(0, length - window)[:, :, None]
-    return Axis(length, queries, keys, ((keys[:, None] < low) | (keys[:, None] >= low + window)).int())
+    size = torch.sym_min(window, length)
+    low = (queries - size // 2).clamp(0, length - size)[:, :, None]
+    return Axis(length, queries, keys, ((keys[:, None] < low) | (keys[:, None] >= low + size)).int())
 
 
 def in_window(numbers: Tensor, query: Tensor, key: Tensor) -> Tensor:
