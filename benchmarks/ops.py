@@ -9,6 +9,7 @@ few inputs, so that whatever else the machine does falls on all and no input sta
 and v are views of one projection, as in a host. `floor_ms` is what no implementation can beat by much: the larger of seven passes
 over a (B, N, C) tensor at this machine's copy rate and of the forward's multiply-adds at its GEMM rate, both measured in the same
 run. `saved_mib` is what forward keeps for backward beyond the projection, `peak_mib` the most that a call makes live beyond it.
+`aligned` is what a converted model runs, on a CPU the kernels that `lineate build` has compiled or, without them, the `pieces`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lineate import runs
 from lineate.evaluate.cost import LiveTensors
 from lineate.ops import aligned
+from lineate.ops.aligned_cpu import by_pieces
 from lineate.ops.aligned_eager import Setting, by_eager
 from lineate.ops.ttt import INNER
 
@@ -68,6 +70,8 @@ def operators(weights: list[Tensor], convolutions: list[Tensor], setting: Settin
     grid, inner = setting[:3], {"eps": setting.eps, "model": setting.model, "loss": setting.loss}
     yield "eager", eager
     yield "compiled", torch.compile(eager, fullgraph=True, dynamic=False)
+    if weights[0].device.type == "cpu":
+        yield "pieces", lambda q, k, v: by_pieces(q, k, v, weights, convolutions, setting)
     yield "aligned", lambda q, k, v: aligned.aligned_ttt(q, k, v, weights, *grid, convolutions=convolutions, **inner)
 
 
@@ -119,7 +123,7 @@ def saved_mib(contender: Contender, projection: Tensor) -> float:
 
 
 def peak_mib(contender: Contender, projection: Tensor, backward: bool) -> float:
-    """On CUDA the allocator's peak, on a CPU that of all live tensors, which compiled code does not show."""
+    """On CUDA the allocator's peak, on a CPU that of all live tensors: compiled code's inner ones do not show."""
     if projection.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

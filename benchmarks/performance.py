@@ -80,7 +80,9 @@ def page() -> str:
         "",
         "Written by `python benchmarks/performance.py` from `benchmarks/results/`. Contenders take turns in one process; medians",
         "and interquartile ranges. The floor of an operator's row is the larger of seven passes over a (B, N, C) tensor at this",
-        "machine's copy rate and of its multiply-adds at its GEMM rate. `aligned` is what a converted model runs.",
+        "machine's copy rate and of its multiply-adds at its GEMM rate. `aligned` is what a converted model runs: on a CPU",
+        "that is named with CPU kernels those that `lineate build` compiles once with a C++20 compiler (scratch, 1 or 2 MiB a",
+        "thread, does not show as peak), else `pieces`, plain PyTorch.",
     ]
     missing = []
     for name, (title, command) in WANTED.items():

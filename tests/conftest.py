@@ -17,6 +17,8 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on the CPU
 
+os.environ["LINEATE_CPU_KERNELS"] = "0"  # but in their own tests, which compile them; no other should depend on that
+
 if TYPE_CHECKING:
     from timm.models import VisionTransformer
 

@@ -29,6 +29,7 @@ LAYOUTS = [TokenLayout(7, 5, 2, 3), TokenLayout(5, 16, 1), TokenLayout(3, 2), To
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aligned_cpu, "TOKENS", 12)
+    monkeypatch.setattr(aligned, "FEW", 12)
 
 
 def tensors(layout: TokenLayout, model: InnerModel, dtype: torch.dtype = torch.float64, batch: int = 2) -> list[Tensor]:
@@ -125,7 +126,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 def test_statistics_of_pieces_are_those_of_the_whole_far_off_centre() -> None:
     k = torch.randn(2, 300, HEADS, DIM) + torch.linspace(50, 90, 300).view(1, -1, 1, 1)
     variance, mean = torch.var_mean(k.double(), dim=1, correction=0)
-    offset, scale = aligned_cpu._Statistics.apply(0.1, k).double().unbind(1)
+    offset, scale = aligned_cpu._statistics(k, 0.1).double().unbind(1)
     torch.testing.assert_close(scale, (variance + 0.1).rsqrt(), rtol=1e-6, atol=0)
     torch.testing.assert_close(offset, -mean * (variance + 0.1).rsqrt(), rtol=1e-6, atol=0)
 

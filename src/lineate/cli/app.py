@@ -67,6 +67,7 @@ def _expected() -> tuple[type[BaseException], ...]:
     from lineate.export import ExportError
     from lineate.families import UnsupportedModelError
     from lineate.images import ImageError
+    from lineate.kernels.cpu import BuildError
     from lineate.released import ReleasedError
     from lineate.report import ReportError
     from lineate.runs import RunError
@@ -78,9 +79,9 @@ def _expected() -> tuple[type[BaseException], ...]:
     from lineate.train import TrainError
 
     return (
-        CalibrationError, CheckpointError, ConversionError, DataError, EmbeddedModelError, EvaluationError, ExportError,
-        GenerateError, ImageError, PromptError, ReleasedError, ReportError, RunError, SettingsError, ShapesError, SourceError,
-        TrainError, UnsupportedModelError, ValidationError, ModuleNotFoundError, OSError,
+        BuildError, CalibrationError, CheckpointError, ConversionError, DataError, EmbeddedModelError, EvaluationError,
+        ExportError, GenerateError, ImageError, PromptError, ReleasedError, ReportError, RunError, SettingsError, ShapesError,
+        SourceError, TrainError, UnsupportedModelError, ValidationError, ModuleNotFoundError, OSError,
     )  # fmt: skip
 
 
@@ -389,3 +390,14 @@ def presets() -> None:
     from lineate.convert import PRESETS
 
     show_conversions(PRESETS)
+
+
+@app.command()
+def build() -> None:
+    """Compile the CPU kernels for this machine, once, with its C++ compiler; converted models find and use them."""
+    from lineate.kernels import cpu
+
+    with screen() as shown:
+        shown.say("compiling")
+        file = cpu.build()
+    typer.echo(f"library: {file}")

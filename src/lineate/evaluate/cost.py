@@ -38,6 +38,7 @@ from lineate.convert import core_modules
 from lineate.core import CoreAttention, CoreConfig
 from lineate.evaluate import EvaluationError, Progress, evaluating
 from lineate.families import detect
+from lineate.kernels import cpu
 from lineate.layout import TokenLayout
 from lineate.mixers.base import Frozen
 from lineate.ops.neighborhood import neighborhood_attention
@@ -302,7 +303,7 @@ def crossover(rows: Sequence[CostRow]) -> tuple[float | None, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """The processor in words, for example "Intel Xeon, 2 threads"."""
+    """The processor in words, for example "Intel Xeon, 2 threads", and whether lineate's kernels are compiled for it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -310,7 +311,7 @@ def device_name(device: torch.device) -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}{', CPU kernels' if cpu.available() else ''}"
 
 
 @torch.inference_mode()

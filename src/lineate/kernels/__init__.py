@@ -1,1 +1,1 @@
-"""T⁵'s core as Triton kernels for NVIDIA GPUs, forward and backward; `lineate.ops.aligned` calls them and is their reference."""
+"""T⁵'s core as kernels, called by `lineate.ops.aligned`, which is their reference: Triton on NVIDIA GPUs, and `cpu` in C++."""

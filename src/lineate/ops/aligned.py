@@ -1,7 +1,7 @@
 """The middle of a T⁵ core in one operator: key norm, convolutions and test-time training, by whatever is fastest here.
 
     aligned_eager.py   the equations, one operator after the other: the reference; traced, counted and compiled code runs it too
-    aligned_cpu.py     CPUs: in pieces that stay in cache
+    aligned_cpu.py     CPUs: in pieces that stay in cache, forward by compiled kernels where `lineate build` has made them
     lineate.kernels    NVIDIA GPUs: Triton kernels, where they know the inner model, the head dimension and the type
 
 Which one ran, and why, is logged once.
@@ -20,10 +20,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lineate.kernels import cpu
 from lineate.ops import aligned_cpu
 from lineate.ops.aligned_eager import Backend, Setting, by_eager
 from lineate.ops.ttt import InnerLoss, InnerModel
 
+FEW = 512  # tokens of all samples; with so few, plain operators stay in cache anyway
 logger = logging.getLogger(__name__)
 
 
@@ -41,14 +43,24 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def _backend(q: Tensor, model: InnerModel) -> tuple[Backend, str]:
-    """What runs these, and why. A compiler keeps the kernels, which are operators to it."""
-    compiling = torch.compiler.is_compiling()
+def _on_cpu(tensors: Sequence[Tensor], model: InnerModel) -> tuple[Backend, str]:
+    """What runs these on a CPU, q first, and why."""
+    why = cpu.refusal(tensors, model)
+    few = tensors[0].shape[0] * tensors[0].shape[2] <= FEW
+    if few and (why or torch.is_grad_enabled()):  # where eager's gradients, unlike the others', can be differentiated again
+        return by_eager, "so few tokens stay in cache anyway"
+    if why is None:
+        return aligned_cpu.by_compiled_pieces, "this is a CPU with compiled kernels"
+    return aligned_cpu.by_pieces, f"this is a CPU and its kernels are not for this: {why}"
+
+
+def _backend(tensors: Sequence[Tensor], model: InnerModel) -> tuple[Backend, str]:
+    """What runs these, q first, and why. A compiler keeps the kernels, which are operators to it."""
+    q, compiling = tensors[0], torch.compiler.is_compiling()
     if type(q) is not Tensor or torch._C._are_functorch_transforms_active() or (compiling and not q.is_cuda):
         return by_eager, "operators are traced, counted or transformed"
     if q.device.type == "cpu":
-        few = q.shape[0] * q.shape[2] <= aligned_cpu.TOKENS
-        return (by_eager, "so few tokens stay in cache anyway") if few else (aligned_cpu.by_pieces, "this is a CPU")
+        return _on_cpu(tensors, model)
     if not q.is_cuda or not _has_triton():
         return by_eager, f"there is nothing faster on {q.device.type} without Triton"
     from lineate.kernels.op import refusal
@@ -84,7 +96,7 @@ def aligned_ttt(
     Source: `aligned_eager.py`.
     """
     setting = Setting(height, width, first, eps, model, loss)
-    backend, why = _backend(q, model)
+    backend, why = _backend((q, k, v, *weights, *(convolutions or ())), model)
     if not torch.compiler.is_compiling():
         _say(backend.__name__, why)
     return backend(q, k, v, weights, convolutions, setting)

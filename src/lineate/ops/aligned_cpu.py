@@ -9,6 +9,8 @@ residual in the centre tap, x + DWC(x) = DWC'(x). Half precision is computed in 
 differentiated by hand over the pieces, and within a piece by autograd, which goes through it once more: nothing is kept that
 grows with N but q, k and v themselves.
 
+Forward, each of the three may be a compiled kernel instead (`lineate.kernels.cpu`); backward is the same for both.
+
 Legend: B batch, H heads, N tokens, D head dim, C = H·D channels, h×w grid; n tokens of a piece, m tokens that it reads.
 """
 
@@ -25,12 +27,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lineate.kernels import cpu
 from lineate.ops.aligned_eager import Setting
 from lineate.ops.precision import wide
 from lineate.ops.ttt import INNER
 from lineate.ops.ttt_backward import PULLBACK
 
-TOKENS = 512  # about so many in a piece
+TOKENS = 1024  # about so many in a piece
 Gradients = tuple[Tensor | None, ...]
 T = TypeVar("T")
 Index = int | tuple[int | slice, ...] | EllipsisType
@@ -103,23 +106,27 @@ def _leaf(x: Tensor, grad: Tensor | None, index: Index = ...) -> Tensor:
     return leaf
 
 
+def _statistics(k: Tensor, eps: float) -> Tensor:
+    sizes, means, squares = [], [], []
+    for part in k.split(TOKENS, dim=1):
+        x = wide(part)
+        sizes.append(x.shape[1])
+        means.append(x.mean(dim=1))
+        squares.append((x - means[-1].unsqueeze(1)).square_().sum(dim=1))
+    mean = torch.stack(means)
+    share = torch.tensor(sizes, dtype=mean.dtype).view(-1, 1, 1, 1) / k.shape[1]
+    centre = (share * mean).sum(dim=0)
+    variance = torch.stack(squares).sum(dim=0) / k.shape[1] + (share * (mean - centre).square()).sum(dim=0)
+    scale = (variance + eps).rsqrt()
+    return torch.stack((-centre * scale, scale), dim=1)
+
+
 class _Statistics(Function):
     """ε, k (B, N, H, D) -> the key norm as offset -mean·r and scale r = 1/√(var + ε), (B, 2, H, D)."""
 
     @staticmethod
-    def forward(ctx: Any, eps: float, k: Tensor) -> Tensor:
-        sizes, means, squares = [], [], []
-        for part in k.split(TOKENS, dim=1):
-            x = wide(part)
-            sizes.append(x.shape[1])
-            means.append(x.mean(dim=1))
-            squares.append((x - means[-1].unsqueeze(1)).square_().sum(dim=1))
-        mean = torch.stack(means)
-        share = torch.tensor(sizes, dtype=mean.dtype).view(-1, 1, 1, 1) / k.shape[1]
-        centre = (share * mean).sum(dim=0)
-        variance = torch.stack(squares).sum(dim=0) / k.shape[1] + (share * (mean - centre).square()).sum(dim=0)
-        scale = (variance + eps).rsqrt()
-        norm = torch.stack((-centre * scale, scale), dim=1)
+    def forward(ctx: Any, compiled: bool, eps: float, k: Tensor) -> Tensor:
+        norm = (cpu.statistics if compiled else _statistics)(k, eps)
         ctx.save_for_backward(k, norm)
         return norm
 
@@ -131,22 +138,34 @@ class _Statistics(Function):
         (offset, scale), (d_offset, d_scale) = norm.unbind(1), grad.unbind(1)
         slope = -scale.square() * (d_scale + d_offset * offset / scale) / k.shape[1]
         level = slope * offset - d_offset * scale / k.shape[1]
-        return None, torch.addcmul(level.unsqueeze(1), k, (slope * scale).unsqueeze(1))
+        return None, None, torch.addcmul(level.unsqueeze(1), k, (slope * scale).unsqueeze(1))
+
+
+def _learn(
+    k: Tensor, v: Tensor, norm: Tensor | None, kernel: Sequence[Tensor], weights: Sequence[Tensor], setting: Setting
+) -> tuple[Tensor, ...]:
+    sums = tuple(w.new_zeros(len(k), *w.shape) for w in weights)
+    for piece in _pieces(k.shape, setting, bool(kernel)):
+        sample = None if norm is None else norm[piece.sample]
+        keys = _see(wide(k[piece.near]), sample, kernel, piece, setting.width)
+        values = wide(v[piece.own]).transpose(0, 1)
+        for total, part in zip(sums, INNER[setting.model].gradients(keys, values, weights, setting.loss), strict=True):
+            total[piece.sample].add_(part)
+    return sums
 
 
 class _Learn(Function):
     """Setting, k, v (B, N, H, D), norm or None, kernel and weights -> G, (B, H, D, D) each."""
 
     @staticmethod
-    def forward(ctx: Any, setting: Setting, k: Tensor, v: Tensor, norm: Tensor | None, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, compiled: bool, setting: Setting, k: Tensor, v: Tensor, norm: Tensor | None, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
         kernel, weights = _split(parameters, setting)
-        sums = tuple(w.new_zeros(len(k), *w.shape) for w in weights)
-        for piece in _pieces(k.shape, setting, bool(kernel)):
-            sample = None if norm is None else norm[piece.sample]
-            keys = _see(wide(k[piece.near]), sample, kernel, piece, setting.width)
-            values = wide(v[piece.own]).transpose(0, 1)
-            for total, part in zip(sums, INNER[setting.model].gradients(keys, values, weights, setting.loss), strict=True):
-                total[piece.sample].add_(part)
+        if compiled:
+            sums = cpu.learn(k, v, norm, kernel, weights, setting[:3], setting.loss == "l2")
+        else:
+            sums = _learn(k, v, norm, kernel, weights, setting)
         ctx.setting = setting
         ctx.save_for_backward(k, v, norm, *parameters)
         return sums
@@ -156,7 +175,7 @@ class _Learn(Function):
     @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gamma: Tensor) -> Gradients:  # type: ignore[override]
         setting, (k, v, norm, *parameters) = ctx.setting, ctx.saved_tensors
-        dk, dv, dnorm, *others = buffers = _buffers((k, v, norm, *parameters), ctx.needs_input_grad[1:])
+        dk, dv, dnorm, *others = buffers = _buffers((k, v, norm, *parameters), ctx.needs_input_grad[2:])
         (kernel, weights), (dkernel, dweights) = (_split(x, setting) for x in (parameters, others))
         leaves = [_leaf(x, grad) for x, grad in zip(kernel, dkernel, strict=True)]
         for piece in _pieces(k.shape, setting, bool(kernel)):
@@ -172,19 +191,24 @@ class _Learn(Function):
             for total, part in zip(dweights, to_weights, strict=True):
                 if total is not None:
                     total += part
-        return None, *buffers
+        return None, None, *buffers
+
+
+def _answer(q: Tensor, kernel: Sequence[Tensor], fitted: Sequence[Tensor], setting: Setting) -> Tensor:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for piece in _pieces(q.shape, setting, bool(kernel)):
+        queries = _see(wide(q[piece.near]), None, kernel, piece, setting.width)
+        out[piece.own] = INNER[setting.model].apply(queries, [w[piece.sample] for w in fitted]).transpose(0, 1)
+    return out
 
 
 class _Answer(Function):
     """Setting, q (B, N, H, D), kernel and fitted weights (B, H, D, D) -> o (B, N, H, D)."""
 
     @staticmethod
-    def forward(ctx: Any, setting: Setting, q: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, compiled: bool, setting: Setting, q: Tensor, *parameters: Tensor) -> Tensor:
         kernel, fitted = _split(parameters, setting)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for piece in _pieces(q.shape, setting, bool(kernel)):
-            queries = _see(wide(q[piece.near]), None, kernel, piece, setting.width)
-            out[piece.own] = INNER[setting.model].apply(queries, [w[piece.sample] for w in fitted]).transpose(0, 1)
+        out = cpu.answer(q, kernel, fitted, setting[:3]) if compiled else _answer(q, kernel, fitted, setting)
         ctx.setting = setting
         ctx.save_for_backward(q, *parameters)
         return out
@@ -194,7 +218,7 @@ class _Answer(Function):
     @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> Gradients:  # type: ignore[override]
         setting, (q, *parameters) = ctx.setting, ctx.saved_tensors
-        dq, *others = buffers = _buffers((q, *parameters), ctx.needs_input_grad[1:])
+        dq, *others = buffers = _buffers((q, *parameters), ctx.needs_input_grad[2:])
         (kernel, fitted), (dkernel, dfitted) = (_split(x, setting) for x in (parameters, others))
         leaves = [_leaf(x, g) for x, g in zip(kernel, dkernel, strict=True)]
         for piece in _pieces(q.shape, setting, bool(kernel)):
@@ -204,7 +228,7 @@ class _Answer(Function):
                 out = INNER[setting.model].apply(queries, weights)
             if out.requires_grad:
                 out.backward(wide(grad[piece.own]).transpose(0, 1))
-        return None, *buffers
+        return None, None, *buffers
 
 
 def _kernel(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,16 +236,30 @@ def _kernel(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return wide(weight) + F.pad(wide(weight.new_ones(1, 1)), (1, 1, 1, 1)), wide(bias)
 
 
-def by_pieces(
-    q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], convolutions: Sequence[Tensor] | None, setting: Setting
-) -> Tensor:
-    """As `aligned_ttt`, on a CPU."""
+def _aligned(
+    compiled: bool,
+    q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], convolutions: Sequence[Tensor] | None, setting: Setting,
+) -> Tensor:  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         start = [wide(w) for w in weights]
         q_kernel, k_kernel = ((), ()) if convolutions is None else (_kernel(*convolutions[:2]), _kernel(*convolutions[2:]))
-        norm = None if setting.eps is None else _Statistics.apply(setting.eps, k)
-        gradients = _Learn.apply(setting, k, v, norm, *k_kernel, *start)
+        norm = None if setting.eps is None else _Statistics.apply(compiled, setting.eps, k)
+        gradients = _Learn.apply(compiled, setting, k, v, norm, *k_kernel, *start)
         fitted = [torch.add(w, g, alpha=-(q.shape[-1] ** -0.5) / q.shape[1]) for w, g in zip(start, gradients, strict=True)]
-        out: Tensor = _Answer.apply(setting, q, *q_kernel, *fitted)
+        out: Tensor = _Answer.apply(compiled, setting, q, *q_kernel, *fitted)
         return out.transpose(1, 2)
+
+
+def by_pieces(
+    q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], convolutions: Sequence[Tensor] | None, setting: Setting
+) -> Tensor:
+    """As `aligned_ttt`, on a CPU."""
+    return _aligned(False, q, k, v, weights, convolutions, setting)
+
+
+def by_compiled_pieces(
+    q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], convolutions: Sequence[Tensor] | None, setting: Setting
+) -> Tensor:
+    """As `by_pieces`, forward by the compiled kernels; `lineate.kernels.cpu.refusal` says what they cannot do."""
+    return _aligned(True, q, k, v, weights, convolutions, setting)

@@ -1,0 +1,497 @@
+// A T⁵ core's middle on CPUs: key norm, convolutions and inner step, on blocks of tokens that stay in a core's cache.
+//
+//     statistics   offset -mean·r and scale r = 1/√(var + ε) of every key channel; blocks about their own mean, joined exactly (Chan)
+//     learn        G = Σ ∂(L/c)/∂W (k̂, v)
+//     answer       o = f_W'(q̂)
+//
+// The equations are those of lineate/ops/ttt.py; lineate/ops/aligned_cpu.py calls these three and differentiates them. Everything
+// is computed in fp32. A block is read out of the projection as it lies, with the grid's rows above and below it, normed, and
+// convolved with the residual in the centre tap. Work is shared by sample, head and part of the blocks.
+//
+// Legend: B batch, H heads, N tokens, D head dim, P = D rounded up to whole vectors (the rest are zeros), n tokens of a block.
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <utility>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+
+// A tile of a product: ROWS × COLUMNS vectors are summed in registers.
+#ifdef __AVX512F__
+constexpr int64_t LANES = 16, ROWS = 8, COLUMNS = 2;
+#else
+constexpr int64_t LANES = 8, ROWS = 4, COLUMNS = 2;
+#endif
+constexpr int64_t PAD = 16;      // P is a multiple of it, and so is n as products see it
+constexpr int64_t TOKENS = 256;  // about so many in a block
+constexpr int64_t AHEAD = 16;    // tokens
+constexpr int64_t DEPTH = 128;    // of a product that is summed at once, so that its rows stay in the first cache
+
+typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+
+inline Vector& at(float* x) { return *reinterpret_cast<Vector*>(x); }
+inline const Vector& at(const float* x) { return *reinterpret_cast<const Vector*>(x); }
+inline int64_t padded(int64_t size) { return (size + PAD - 1) / PAD * PAD; }
+
+// ---------------------------------------------------------------------------------------------------------------- products
+
+// c (+)= a·b, one tile; a is read with any strides, so that its transpose is as good.
+template <int64_t COLS>
+inline void tile(
+    int64_t depth, const float* a, int64_t a_row, int64_t a_inner, const float* b, float* c, int64_t width, bool add) {
+  Vector sum[ROWS][COLS];
+  for (int64_t r = 0; r < ROWS; ++r)
+    for (int64_t j = 0; j < COLS; ++j) sum[r][j] = add ? at(c + r * width + j * LANES) : Vector{};
+  for (int64_t p = 0; p < depth; ++p) {
+    Vector row[COLS];
+    for (int64_t j = 0; j < COLS; ++j) row[j] = at(b + p * width + j * LANES);
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < COLS; ++j) sum[r][j] += a[r * a_row + p * a_inner] * row[j];
+  }
+  for (int64_t r = 0; r < ROWS; ++r)
+    for (int64_t j = 0; j < COLS; ++j) at(c + r * width + j * LANES) = sum[r][j];
+}
+
+// c (rows, width) (+)= a (rows, depth)·b (depth, width).
+void product(
+    int64_t rows, int64_t depth, int64_t width, const float* a, int64_t a_row, int64_t a_inner, const float* b, float* c,
+    bool add) {
+  for (int64_t start = 0; start < depth; start += DEPTH) {
+    const int64_t deep = std::min(DEPTH, depth - start);
+    const bool sum = add || start > 0;
+    for (int64_t column = 0; column < width;) {
+      const bool full = width - column >= COLUMNS * LANES;
+      for (int64_t row = 0; row < rows; row += ROWS) {
+        const float *left = a + row * a_row + start * a_inner, *right = b + start * width + column;
+        float* out = c + row * width + column;
+        if (full)
+          tile<COLUMNS>(deep, left, a_row, a_inner, right, out, width, sum);
+        else
+          tile<1>(deep, left, a_row, a_inner, right, out, width, sum);
+      }
+      column += full ? COLUMNS * LANES : LANES;
+    }
+  }
+}
+
+// out (n, P) = x (n, P)·w (P, P).
+void times(int64_t n, int64_t p, const float* x, const float* w, float* out) { product(n, p, p, x, p, 1, w, out, false); }
+
+// g (P, P) += xᵀ·u over the n tokens of both.
+void collect(int64_t n, int64_t p, const float* x, const float* u, float* g) { product(p, n, p, x, 1, p, u, g, true); }
+
+// ------------------------------------------------------------------------------------------------------- functions by channel
+
+// 1 / (1 + e^-z): e^-z = 2^m·e^r with whole m and |r| <= ln(2)/2, e^r by its series.
+inline Vector logistic(Vector z) {
+  Vector x = -z;
+  x = x < -87.0f ? Vector{} - 87.0f : x;
+  x = x > 88.0f ? Vector{} + 88.0f : x;
+  constexpr float whole = 12582912.0f;  // 1.5·2^23: what is added to it is rounded to an integer
+  const Vector m = (x * 1.44269504f + whole) - whole;
+  const Vector r = (x - m * 0.693359375f) + m * 2.12194440e-4f;  // ln 2, its leading bits first
+  Vector e = r * (1.0f / 5040) + 1.0f / 720;
+  e = e * r + 1.0f / 120;
+  e = e * r + 1.0f / 24;
+  e = e * r + 1.0f / 6;
+  e = e * r + 0.5f;
+  e = e * r + 1.0f;
+  e = e * r + 1.0f;
+  const Integers power = (__builtin_convertvector(m, Integers) + 127) << 23;
+  return 1.0f / (1.0f + e * (Vector)power);
+}
+
+// z <- silu(z), slope <- silu'(z).
+void silu(int64_t size, float* z, float* slope) {
+  for (int64_t i = 0; i < size; i += LANES) {
+    const Vector s = logistic(at(z + i)), y = at(z + i) * s;
+    at(z + i) = y;
+    at(slope + i) = s + y * (1.0f - s);
+  }
+}
+
+// z <- silu(z), times y where there is one.
+void gate(int64_t size, float* z, const float* y) {
+  for (int64_t i = 0; i < size; i += LANES) {
+    const Vector x = at(z + i) * logistic(at(z + i));
+    at(z + i) = y ? x * at(y + i) : x;
+  }
+}
+
+// out <- x ⊙ y; may be one of them.
+void multiply(int64_t size, const float* x, const float* y, float* out) {
+  for (int64_t i = 0; i < size; i += LANES) at(out + i) = at(x + i) * at(y + i);
+}
+
+// ------------------------------------------------------------------------------------------------------------ what is read
+
+// Some tokens that follow each other: whole rows of the grid, from `top` on, or tokens that are not convolved.
+struct Block {
+  int64_t start, count, top, rows;
+};
+
+// The grid, and where in the sequence it is.
+struct Grid {
+  int64_t height, width, first;
+};
+
+std::vector<Block> blocks_of(int64_t tokens, const Grid& grid, bool convolved) {
+  std::vector<Block> found;
+  const auto plain = [&](int64_t start, int64_t stop) {
+    for (; start < stop; start += TOKENS) found.push_back({start, std::min(TOKENS, stop - start), 0, 0});
+  };
+  if (!convolved) return plain(0, tokens), found;
+  plain(0, grid.first);
+  const int64_t rows = std::max<int64_t>(1, TOKENS / grid.width);
+  for (int64_t top = 0; top < grid.height; top += rows) {
+    const int64_t some = std::min(rows, grid.height - top);
+    found.push_back({grid.first + top * grid.width, some * grid.width, top, some});
+  }
+  plain(grid.first + grid.height * grid.width, tokens);
+  return found;
+}
+
+int64_t largest(const std::vector<Block>& blocks) {
+  int64_t most = 0;
+  for (const auto& block : blocks) most = std::max(most, block.count);
+  return padded(most);
+}
+
+// One head's tokens, as they lie: (N, D) with a stride.
+template <typename T>
+struct Tokens {
+  const T* data;
+  int64_t stride;
+  Tokens(const Tensor& x, int64_t b, int64_t h)
+      : data(x.const_data_ptr<T>() + b * x.stride(0) + h * x.stride(2)), stride(x.stride(1)) {}
+};
+
+// One head's norm (offset, scale) and taps (3·3, then the bias), by padded channels; null where there are none.
+struct Lens {
+  const float *norm, *taps;
+};
+
+// out (count, P) = x or, normed, offset + scale·x.
+template <typename T>
+void copy(Tokens<T> x, int64_t start, int64_t count, int64_t d, int64_t p, const float* norm, float* out) {
+  for (int64_t t = 0; t < count; ++t) {
+    const T* from = x.data + (start + t) * x.stride;
+    float* to = out + t * p;
+    for (int64_t i = 0; i < d; i += 64 / sizeof(T)) __builtin_prefetch(from + AHEAD * x.stride + i);  // another page each
+    if (norm)
+      for (int64_t i = 0; i < d; ++i) to[i] = norm[i] + norm[p + i] * static_cast<float>(from[i]);
+    else
+      for (int64_t i = 0; i < d; ++i) to[i] = static_cast<float>(from[i]);
+  }
+}
+
+// A block's q̂ or k̂ into out (n, P). `image` has room for its rows and one more on each side, (rows + 2, width + 2, P), whose border
+// and padding are zeros.
+template <typename T>
+void see(Tokens<T> x, const Block& block, const Grid& grid, int64_t d, int64_t p, const Lens& lens, float* image, float* out) {
+  if (!block.rows) return copy(x, block.start, block.count, d, p, lens.norm, out);
+  const int64_t pitch = (grid.width + 2) * p;
+  for (int64_t row = -1; row <= block.rows; ++row) {
+    float* target = image + (row + 1) * pitch + p;
+    if (block.top + row < 0 || block.top + row >= grid.height)
+      std::fill_n(target, grid.width * p, 0.0f);
+    else
+      copy(x, block.start + row * grid.width, grid.width, d, p, lens.norm, target);
+  }
+  for (int64_t row = 0; row < block.rows; ++row)
+    for (int64_t i = 0; i < p; i += LANES) {
+      Vector tap[10];
+      for (int64_t j = 0; j < 10; ++j) tap[j] = at(lens.taps + j * p + i);
+      const float* from = image + row * pitch + i;
+      float* to = out + row * grid.width * p + i;
+      for (int64_t column = 0; column < grid.width; ++column, from += p, to += p) {
+        Vector sum = tap[9];
+#pragma GCC unroll 3
+        for (int64_t y = 0; y < 3; ++y)
+#pragma GCC unroll 3
+          for (int64_t j = 0; j < 3; ++j) sum += tap[3 * y + j] * at(from + y * pitch + j * p);
+        at(to) = sum;
+      }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------ one thread's work
+
+// Zeroed scratch memory, handed out piece by piece, each a whole number of cache lines.
+struct Scratch {
+  std::vector<float> memory;
+  float* next;
+  explicit Scratch(int64_t size) : memory(size + PAD) {
+    const auto address = reinterpret_cast<uintptr_t>(memory.data());
+    next = memory.data() + (-address % 64) / sizeof(float);
+  }
+  float* take(int64_t size) { return std::exchange(next, next + size); }
+};
+
+int64_t image_size(const std::vector<Block>& blocks, const Grid& grid, int64_t p) {
+  int64_t rows = 0;
+  for (const auto& block : blocks) rows = std::max(rows, block.rows);
+  return rows ? (rows + 2) * (grid.width + 2) * p : 0;
+}
+
+// (D, D) of head h, maybe transposed, into (P, P) whose rest stays zero.
+void pack(const Tensor& w, int64_t index, int64_t p, bool transposed, float* out) {
+  const int64_t d = w.size(-1);
+  const float* from = w.const_data_ptr<float>() + index * d * d;
+  for (int64_t i = 0; i < d; ++i)
+    for (int64_t j = 0; j < d; ++j) out[i * p + j] = transposed ? from[j * d + i] : from[i * d + j];
+}
+
+// Taps (C, 1, 3, 3) and bias (C,) of head h as (10, P).
+void pack_taps(const Tensor& weight, const Tensor& bias, int64_t h, int64_t d, int64_t p, float* out) {
+  const float *taps = weight.const_data_ptr<float>() + h * d * 9, *offset = bias.const_data_ptr<float>() + h * d;
+  for (int64_t i = 0; i < d; ++i) {
+    for (int64_t j = 0; j < 9; ++j) out[j * p + i] = taps[i * 9 + j];
+    out[9 * p + i] = offset[i];
+  }
+}
+
+// How the work is cut: B·H heads, each in parts of whole blocks, about four for every thread.
+struct Plan {
+  std::vector<Block> blocks;
+  int64_t heads, parts;
+  Plan(std::vector<Block> all, int64_t count)
+      : blocks(std::move(all)),
+        heads(count),
+        parts(std::min<int64_t>(blocks.size(), (4 * at::get_num_threads() + count - 1) / count)) {}
+  int64_t begin(int64_t part) const { return blocks.size() * part / parts; }
+  template <typename F>
+  void run(const F& work) const {  // work(head index in B·H, part)
+    at::parallel_for(0, heads * parts, 1, [&](int64_t start, int64_t stop) {
+      for (int64_t i = start; i < stop; ++i) work(i / parts, i % parts);
+    });
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------------------ statistics
+
+// count, mean and Σ (x - mean)² of a head's channels, (1 + 2·D) numbers; joined with those of more tokens.
+struct Moments {
+  int64_t count = 0;
+  std::vector<float> mean, square;
+  explicit Moments(int64_t p) : mean(p), square(p) {}
+  void join(int64_t more, const float* other_mean, const float* other_square) {
+    if (!more) return;
+    const float all = count + more, share = more / all, between = count * share;
+    for (size_t i = 0; i < mean.size(); ++i) {
+      const float gap = other_mean[i] - mean[i];
+      mean[i] += gap * share;
+      square[i] += other_square[i] + gap * gap * between;
+    }
+    count += more;
+  }
+};
+
+template <typename T>
+Moments moments(Tokens<T> x, int64_t start, int64_t stop, int64_t d) {
+  constexpr int64_t few = 32;
+  const int64_t p = padded(d);
+  Moments found(p);
+  Scratch scratch((few + 2) * p);
+  float *part = scratch.take(few * p), *mean = scratch.take(p), *square = scratch.take(p);
+  for (; start < stop; start += few) {
+    const int64_t n = std::min(few, stop - start);
+    copy(x, start, n, d, p, nullptr, part);
+    for (int64_t i = 0; i < p; i += LANES) {
+      Vector sum = {}, squares = {};
+      for (int64_t t = 0; t < n; ++t) sum += at(part + t * p + i);
+      sum /= static_cast<float>(n);
+      for (int64_t t = 0; t < n; ++t) {
+        const Vector gap = at(part + t * p + i) - sum;
+        squares += gap * gap;
+      }
+      at(mean + i) = sum;
+      at(square + i) = squares;
+    }
+    found.join(n, mean, square);
+  }
+  return found;
+}
+
+// k (B, N, H, D) -> (B, 2, H, D) in fp32.
+Tensor statistics(const Tensor& k, double eps) {
+  const int64_t batch = k.size(0), tokens = k.size(1), heads = k.size(2), d = k.size(3);
+  const Plan plan(blocks_of(tokens, {}, false), batch * heads);
+  std::vector<Moments> found(plan.heads * plan.parts, Moments(0));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, k.scalar_type(), "statistics", [&] {
+    plan.run([&](int64_t head, int64_t part) {
+      const int64_t start = plan.begin(part) * TOKENS, stop = std::min(tokens, plan.begin(part + 1) * TOKENS);
+      found[head * plan.parts + part] = moments(Tokens<scalar_t>(k, head / heads, head % heads), start, stop, d);
+    });
+  });
+  Tensor norm = at::empty({batch, 2, heads, d}, k.options().dtype(at::kFloat));
+  float* out = norm.data_ptr<float>();
+  for (int64_t head = 0; head < plan.heads; ++head) {
+    Moments& all = found[head * plan.parts];
+    for (int64_t part = 1; part < plan.parts; ++part) {
+      const Moments& more = found[head * plan.parts + part];
+      all.join(more.count, more.mean.data(), more.square.data());
+    }
+    float* offset = out + (head / heads * 2 * heads + head % heads) * d;
+    float* scale = offset + heads * d;
+    for (int64_t i = 0; i < d; ++i) {
+      scale[i] = 1.0f / std::sqrt(all.square[i] / tokens + static_cast<float>(eps));
+      offset[i] = -all.mean[i] * scale[i];
+    }
+  }
+  return norm;
+}
+
+// ----------------------------------------------------------------------------------------------------------------------- learn
+
+// The inner model's matrices of one head and its gradients, (P, P) each; in, [gate,] out.
+struct Inner {
+  bool gated, l2;
+  float *in, *gate, *out, *out_transposed;
+  float *g_in, *g_gate, *g_out;
+};
+
+// Adds the gradients of a block's k (n, P) and v (n, P), which is overwritten; z, slope, d and y have n·P.
+void step(const Inner& m, int64_t n, int64_t p, const float* k, float* v, float* z, float* slope, float* d, float* y) {
+  const int64_t size = n * p;
+  times(n, p, k, m.in, z);
+  silu(size, z, slope);
+  float* hidden = z;
+  if (m.gated) {
+    times(n, p, k, m.gate, y);
+    multiply(size, y, slope, slope);
+    hidden = y;  // after S ⊙ Y below; Y itself is not needed any more
+    multiply(size, z, y, y);
+  }
+  if (m.l2) {
+    times(n, p, hidden, m.out, d);
+    for (int64_t i = 0; i < size; i += LANES) at(v + i) = at(d + i) - at(v + i);
+  } else {
+    for (int64_t i = 0; i < size; i += LANES) at(v + i) = -at(v + i);
+  }
+  collect(n, p, hidden, v, m.g_out);
+  times(n, p, v, m.out_transposed, d);
+  if (m.gated) {
+    multiply(size, d, z, z);
+    collect(n, p, k, z, m.g_gate);
+  }
+  multiply(size, d, slope, slope);
+  collect(n, p, k, slope, m.g_in);
+}
+
+// k, v (B, N, H, D), norm (B, 2, H, D), taps of a convolution, weights (H, D, D) each -> G, (M, B, H, D, D).
+Tensor learn(
+    const Tensor& k, const Tensor& v, const std::optional<Tensor>& norm, at::TensorList taps, at::TensorList weights,
+    int64_t height, int64_t width, int64_t first, bool l2) {
+  const int64_t batch = k.size(0), tokens = k.size(1), heads = k.size(2), d = k.size(3), p = padded(d);
+  const int64_t matrices = weights.size();
+  const bool gated = matrices == 3;
+  const Grid grid{height, width, first};
+  const Plan plan(blocks_of(tokens, grid, !taps.empty()), batch * heads);
+  const int64_t n = largest(plan.blocks), image = image_size(plan.blocks, grid, p);
+  Tensor sums = at::empty({matrices, batch, heads, plan.parts, d, d}, k.options().dtype(at::kFloat));
+  float* out = sums.data_ptr<float>();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, k.scalar_type(), "learn", [&] {
+    plan.run([&](int64_t head, int64_t part) {
+      const int64_t b = head / heads, h = head % heads;
+      const Tokens<scalar_t> keys(k, b, h), values(v, b, h);
+      Scratch scratch(image + 6 * n * p + 7 * p * p + 12 * p);
+      float *pixels = scratch.take(image), *x = scratch.take(n * p), *e = scratch.take(n * p), *z = scratch.take(n * p);
+      float *slope = scratch.take(n * p), *back = scratch.take(n * p), *y = scratch.take(n * p);
+      Inner m{gated, l2};
+      for (float** matrix : {&m.in, &m.gate, &m.out, &m.out_transposed, &m.g_in, &m.g_gate, &m.g_out}) *matrix = scratch.take(p * p);
+      pack(weights[0], h, p, false, m.in);
+      if (gated) pack(weights[1], h, p, false, m.gate);
+      pack(weights[matrices - 1], h, p, false, m.out);
+      pack(weights[matrices - 1], h, p, true, m.out_transposed);
+      float *affine = scratch.take(2 * p), *kernel = scratch.take(10 * p);
+      if (norm)
+        for (int64_t i = 0; i < 2; ++i)
+          std::copy_n(norm->const_data_ptr<float>() + ((b * 2 + i) * heads + h) * d, d, affine + i * p);
+      if (!taps.empty()) pack_taps(taps[0], taps[1], h, d, p, kernel);
+      for (int64_t i = plan.begin(part); i < plan.begin(part + 1); ++i) {
+        const Block& block = plan.blocks[i];
+        const int64_t rows = padded(block.count), rest = (rows - block.count) * p;
+        see(keys, block, grid, d, p, {norm ? affine : nullptr, kernel}, pixels, x);
+        copy(values, block.start, block.count, d, p, nullptr, e);
+        std::fill_n(x + block.count * p, rest, 0.0f);  // tokens of zeros add nothing
+        std::fill_n(e + block.count * p, rest, 0.0f);
+        step(m, rows, p, x, e, z, slope, back, y);
+      }
+      const float* found[] = {m.g_in, gated ? m.g_gate : m.g_out, m.g_out};
+      for (int64_t i = 0; i < matrices; ++i) {
+        float* to = out + ((i * plan.heads + head) * plan.parts + part) * d * d;
+        for (int64_t row = 0; row < d; ++row) std::copy_n(found[i] + row * p, d, to + row * d);
+      }
+    });
+  });
+  return sums.sum(3);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------- answer
+
+// q (B, N, H, D), taps of a convolution, fitted weights (B, H, D, D) each -> o (B, N, H, D) in q's type.
+Tensor answer(
+    const Tensor& q, at::TensorList taps, at::TensorList weights, int64_t height, int64_t width, int64_t first) {
+  const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), d = q.size(3), p = padded(d);
+  const bool gated = weights.size() == 3;
+  const Grid grid{height, width, first};
+  const Plan plan(blocks_of(tokens, grid, !taps.empty()), batch * heads);
+  const int64_t n = largest(plan.blocks), image = image_size(plan.blocks, grid, p);
+  Tensor out = at::empty({batch, tokens, heads, d}, q.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "answer", [&] {
+    plan.run([&](int64_t head, int64_t part) {
+      const int64_t b = head / heads, h = head % heads;
+      const Tokens<scalar_t> queries(q, b, h);
+      Scratch scratch(image + 3 * n * p + 3 * p * p + 10 * p);
+      float *pixels = scratch.take(image), *x = scratch.take(n * p), *z = scratch.take(n * p), *y = scratch.take(n * p);
+      float *in = scratch.take(p * p), *gates = scratch.take(p * p), *back = scratch.take(p * p), *kernel = scratch.take(10 * p);
+      pack(weights[0], head, p, false, in);
+      if (gated) pack(weights[1], head, p, false, gates);
+      pack(weights[gated ? 2 : 1], head, p, false, back);
+      if (!taps.empty()) pack_taps(taps[0], taps[1], h, d, p, kernel);
+      for (int64_t i = plan.begin(part); i < plan.begin(part + 1); ++i) {
+        const Block& block = plan.blocks[i];
+        const int64_t rows = padded(block.count);
+        see(queries, block, grid, d, p, {nullptr, kernel}, pixels, x);
+        times(rows, p, x, in, z);
+        if (gated) times(rows, p, x, gates, y);
+        gate(rows * p, z, gated ? y : nullptr);
+        times(rows, p, z, back, x);
+        scalar_t* to = out.data_ptr<scalar_t>() + ((b * tokens + block.start) * heads + h) * d;
+        for (int64_t t = 0; t < block.count; ++t)
+          for (int64_t j = 0; j < d; ++j) to[t * heads * d + j] = static_cast<scalar_t>(x[t * p + j]);
+      }
+    });
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(lineate, library) {
+  library.def("cpu_statistics(Tensor k, float eps) -> Tensor");
+  library.def(
+      "cpu_learn(Tensor k, Tensor v, Tensor? norm, Tensor[] taps, Tensor[] weights, int height, int width, int first, bool l2)"
+      " -> Tensor");
+  library.def("cpu_answer(Tensor q, Tensor[] taps, Tensor[] weights, int height, int width, int first) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(lineate, CPU, library) {
+  library.impl("cpu_statistics", statistics);
+  library.impl("cpu_learn", learn);
+  library.impl("cpu_answer", answer);
+}

@@ -1,0 +1,134 @@
+"""The CPU kernels of `aligned_cpu.cpp`: compiled once, when somebody asks for it, and from then on found and used.
+
+    lineate build        or lineate.kernels.cpu.build(): half a minute, with a C++20 compiler (CXX, or c++, g++ or clang++)
+
+Nothing is ever compiled otherwise. A library is kept in LINEATE_CACHE (~/.cache/lineate), under a name that stands for its
+source, PyTorch's version and the processor's vectors, so that a change of any of them asks for another. LINEATE_CPU_KERNELS=0
+leaves it unused. `lineate.ops.aligned_cpu` calls it, and is what it must equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("aligned_cpu.cpp")
+MODELS = ("2layer", "swiglu")
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The compiler's name for what PyTorch found the processor to have; elsewhere its own default is good.
+ARCHITECTURES = {"AVX512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"]}
+
+
+class BuildError(RuntimeError):
+    """The kernels could not be compiled."""
+
+
+def library() -> Path:
+    """Where the compiled kernels are, or would be."""
+    made = (SOURCE.read_text(encoding="utf-8"), torch.__version__, torch.backends.cpu.get_cpu_capability())
+    folder = Path(os.environ.get("LINEATE_CACHE") or Path.home() / ".cache" / "lineate")
+    return folder / f"aligned_cpu-{hashlib.sha256(repr(made).encode()).hexdigest()[:16]}.so"
+
+
+def _compiler() -> str:
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    found = next((path for name in wanted if (path := shutil.which(name))), None)
+    if found is None:
+        raise BuildError(f"no C++ compiler: {', '.join(wanted)} not found; install g++ 11 or later, or name a compiler in CXX")
+    return found
+
+
+def build() -> Path:
+    """Compile the kernels for this machine and this PyTorch, unless that is done; models use them from their next call on."""
+    if sys.platform != "linux":
+        raise BuildError(f"the CPU kernels are compiled on linux only, not on {sys.platform}; everything works without them")
+    file, torch_folder = library(), Path(torch.__file__).parent
+    if not file.exists():
+        compiler = _compiler()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            compiled, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
+            options = ["-std=c++20", "-O3", "-fPIC", "-fopenmp", *ARCHITECTURES.get(torch.backends.cpu.get_cpu_capability(), [])]
+            # Linked without -fopenmp: the runtime that it would bring is there, PyTorch's own.
+            for command in (
+                [*options, f"-I{torch_folder / 'include'}", "-c", str(SOURCE), "-o", str(compiled)],
+                ["-shared", str(compiled), "-o", str(linked), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"],
+            ):
+                done = subprocess.run([compiler, *command], capture_output=True, text=True, check=False)
+                if done.returncode:
+                    said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
+                    raise BuildError(f"{compiler} failed ({done.returncode}): {said}; g++ 11 or later is known to work")
+            linked.replace(file)
+    _missing.cache_clear()
+    return file
+
+
+@cache
+def _missing() -> str | None:
+    """Load the library; why that cannot be, or None."""
+    if os.environ.get("LINEATE_CPU_KERNELS") == "0":
+        return "LINEATE_CPU_KERNELS=0 leaves them unused"
+    file = library()
+    if not file.exists():
+        return "`lineate build` has not compiled them here"
+    try:
+        torch.ops.load_library(file)
+    except OSError as error:
+        return f"{file} does not load ({error})"
+    return None
+
+
+def available() -> bool:
+    """Whether they are compiled, and in use."""
+    return _missing() is None
+
+
+def refusal(tensors: Sequence[Tensor], model: str) -> str | None:
+    """Why the kernels cannot take these, or None."""
+    if model not in MODELS:
+        return f"they know the inner models {', '.join(MODELS)}, not {model}"
+    if other := {x.dtype for x in tensors}.difference(TYPES):
+        return f"they do not compute in {str(other.pop()).removeprefix('torch.')}"
+    return _missing()
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """x (B, N, H, D) as the kernels read it: any strides but the last."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _dense(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Parameters may lie as a user left them."""
+    return [x.contiguous() for x in parameters]
+
+
+def statistics(k: Tensor, eps: float) -> Tensor:
+    """k (B, N, H, D) -> the key norm's offset and scale, (B, 2, H, D)."""
+    found: Tensor = torch.ops.lineate.cpu_statistics(_tokens(k), eps)
+    return found
+
+
+def learn(
+    k: Tensor, v: Tensor, norm: Tensor | None, taps: Sequence[Tensor], weights: Sequence[Tensor], place: Sequence[int], l2: bool
+) -> tuple[Tensor, ...]:
+    """G of (k̂, v), (B, H, D, D) each; `place` is the grid's height, width and first token, `taps` weight and bias or nothing."""
+    if k.dtype != v.dtype:
+        k, v = k.float(), v.float()
+    sums: Tensor = torch.ops.lineate.cpu_learn(_tokens(k), _tokens(v), norm, _dense(taps), _dense(weights), *place, l2)
+    return sums.unbind(0)
+
+
+def answer(q: Tensor, taps: Sequence[Tensor], fitted: Sequence[Tensor], place: Sequence[int]) -> Tensor:
+    """o (B, N, H, D) of q and the fitted matrices (B, H, D, D)."""
+    out: Tensor = torch.ops.lineate.cpu_answer(_tokens(q), _dense(taps), _dense(fitted), *place)
+    return out
