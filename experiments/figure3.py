@@ -4,7 +4,8 @@
     python experiments/figure3.py --source timm:deit_tiny_patch16_224 --images DIR
 
 The paper has about 0.5 for a pretrained ViT (5K images, N = 196) and 0.07 at random initialisation. Key shift is equation 11:
-0 centred, 1 one big shift; a figure is a mean over sites, and the picture shows every site.
+0 centred, 1 one big shift; a figure is a mean over sites, and the picture shows every site. The paper does not say whether its
+mean key is of a picture or of all; here each picture has its own, and `pooled` has one of all.
 """
 
 from __future__ import annotations
@@ -45,13 +46,22 @@ def main() -> None:
     source = load_source(options.source)
     paths = find_images(options.images) if options.images else photographs(CALIBRATION_PHOTOS + HELD_OUT_PHOTOS)
     images = [centre_crop(path, source.image_size, source.mean, source.std) for path in paths]
-    shift = {"pretrained": key_shift(source.model, images), "random": key_shift(redrawn(source.model), images)}
+    models = {"pretrained": source.model, "random": redrawn(source.model)}
+    shift = {name: key_shift(model, images) for name, model in models.items()}
+    pooled = {name: mean(key_shift(model, images, pooled=True).values()) for name, model in models.items()}
     summary = {name: mean(sites.values()) for name, sites in shift.items()}
     environment = runs.environment(torch.device("cpu"))
     OUT.parent.mkdir(parents=True, exist_ok=True)
     runs.write_json(
         OUT,
-        {"source": options.source, "images": len(images), "mean": summary, "sites": shift, "environment": environment},
+        {
+            "source": options.source,
+            "images": len(images),
+            "mean": summary,
+            "pooled": pooled,
+            "sites": shift,
+            "environment": environment,
+        },
     )
     figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
     for name, sites in shift.items():
@@ -61,7 +71,7 @@ def main() -> None:
     axis.spines[["top", "right"]].set_visible(False)
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURE, dpi=150)
-    print(summary)
+    print(summary, pooled)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import copy
 import json
 import re
 import shlex
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,15 @@ from typing import Any
 import numpy as np
 import small
 import torch
+from timm.models import VisionTransformer
 from torch import nn
 
 import lineate
 from lineate import checkpoint, runs
 from lineate.convert import record
 from lineate.data import LabelledImages, open_data
+from lineate.evaluate.cost import count_operator_macs
+from lineate.recipes import deit, t5
 from lineate.settings import read_settings
 from lineate.statistics import Interval, mean_interval
 from lineate.train import TrainError
@@ -42,17 +47,22 @@ RESULTS = Path(__file__).parent / "results" / "small"
 
 @dataclass(frozen=True)
 class Run:
-    """A conversion of the host: preset and fields (`--set`), calibrated first or not, tuned by a protocol or not."""
+    """A conversion of the host: preset and fields (`--set`), calibrated first or not, tuned by a protocol or not.
+
+    `share` is how much of the tuning's epochs and warm-up it gets, at either scale.
+    """
 
     preset: str
     set: tuple[str, ...] = ()
     tune: str | None = "ft"
     calibrated: bool = False
+    share: float = 1.0
 
     @property
     def name(self) -> str:
         """A name that says all of it and can be a folder's."""
-        parts = [self.preset, *self.set, *(["calibrated"] if self.calibrated else []), self.tune or "untuned"]
+        share = [f"share={self.share:g}"] if self.share != 1 else []
+        parts = [self.preset, *self.set, *share, *(["calibrated"] if self.calibrated else []), self.tune or "untuned"]
         return re.sub(r"[^\w.=,+-]", "_", ",".join(parts))
 
     def conversion_fields(self) -> list[str]:
@@ -62,11 +72,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: its label, the paper's figures, and the runs that give ours, column by column."""
+    """A row of a table: its label, the paper's figures, and the runs that give ours, column by column.
+
+    `size` is what the paper prints of its parameters and multiply-adds.
+    """
 
     label: str
     paper: tuple[float | str | None, ...]
     runs: tuple[Run | None, ...]
+    size: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,7 +101,10 @@ class Scale:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper: what it shows, the names of its columns, its rows, what reading it needs, and where it is run."""
+    """A table of the paper: what it shows, the names of its columns, its rows, what reading it needs, and where it is run.
+
+    `against` is the label of the row that the others are compared with, image by image.
+    """
 
     name: str
     title: str
@@ -95,6 +112,7 @@ class Table:
     rows: tuple[Row, ...]
     note: str = ""
     scale: Scale | None = None
+    against: str = ""
 
     @property
     def on(self) -> Scale:
@@ -116,19 +134,36 @@ def opened(data: str) -> tuple[Any, ...]:
     return tuple(open_data(data, split=split) for split in ("train", "test"))
 
 
+@lru_cache(1)
+def calibrated(
+    preset: str, fields: tuple[str, ...], seed: int, train: LabelledImages, test: LabelledImages
+) -> tuple[nn.Module, Any]:
+    """A calibrated conversion and its results, made once for all runs that are tuned from it."""
+    model, results = converted(preset, fields, seed)
+    config = small.CALIBRATION.model_copy(update={"seed": seed})
+    images = small.unlabelled(train, config.pool, seed)
+    results["calibration"] = lineate.calibrate(model, images, config=config).model_dump(mode="json")
+    results["calibrated_only"] = figures(model, test)
+    return model, results
+
+
+def converted(preset: str, fields: tuple[str, ...], seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """The small host, converted; and what is known of it."""
+    conversion = read_settings(preset_name=preset, assignments=list(fields), seed=seed).conversion
+    assert conversion is not None
+    model = lineate.convert(checkpoint.original_of(checkpoint.load(small.HOST)).to(small.DEVICE), conversion)
+    return model, {"new_parameters": record(model).count("new")}
+
+
 def execute(run: Run, seed: int, train: LabelledImages, test: LabelledImages) -> dict[str, Any]:
     """Convert the small host, calibrate, tune and evaluate as `run` says; what a result file holds."""
     started = time.perf_counter()
-    settings = read_settings(preset_name=run.preset, assignments=run.conversion_fields(), seed=seed)
-    config = small.tuning(run.tune, [field for field in run.set if field.startswith("train.")], seed)
-    assert settings.conversion is not None
-    model = lineate.convert(checkpoint.original_of(checkpoint.load(small.HOST)).to(small.DEVICE), settings.conversion)
-    results: dict[str, Any] = {"new_parameters": record(model).count("new")}
+    fields = tuple(run.conversion_fields())
+    config = small.tuning(run.tune, [field for field in run.set if field.startswith("train.")], seed, run.share)
     if run.calibrated:
-        calibration = small.CALIBRATION.model_copy(update={"seed": seed})
-        images = small.unlabelled(train, calibration.pool, seed)
-        results["calibration"] = lineate.calibrate(model, images, config=calibration).model_dump(mode="json")
-        results["calibrated_only"] = figures(model, test)
+        model, results = copy.deepcopy(calibrated(run.preset, fields, seed, train, test))
+    else:
+        model, results = converted(run.preset, fields, seed)
     if config is not None:
         try:
             with tempfile.TemporaryDirectory() as work:
@@ -138,7 +173,7 @@ def execute(run: Run, seed: int, train: LabelledImages, test: LabelledImages) ->
     if "diverged" not in results:
         results["final"] = figures(model, test)
     return {
-        "run": run.name, "seed": seed, "conversion": settings.conversion.model_dump(mode="json"),
+        "run": run.name, "seed": seed, "conversion": record(model).conversion.model_dump(mode="json"),
         "train": config and config.model_dump(mode="json"), "results": results,
         "seconds": time.perf_counter() - started, "created": runs.now(),
     }  # fmt: skip
@@ -174,22 +209,75 @@ def shown(rows: Sequence[dict[str, Any]], part: str = "final") -> str:
     return f"{100 * found.value:.1f} ± {half:.1f} ({len(rows) - diverged})" + (f", {diverged} diverged" if diverged else "")
 
 
+def above(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> str:
+    """Points of top-1 above the other run's, seed by seed and image by image, with Student's 95 % interval over the images."""
+    theirs = {row["seed"]: correct(row) for row in others if "final" in row["results"]}
+    pairs = [(correct(row), theirs[row["seed"]]) for row in rows if "final" in row["results"] and row["seed"] in theirs]
+    if not pairs:
+        return ""
+    found = mean_interval(np.mean([100.0 * ours - theirs for ours, theirs in pairs], axis=0).tolist())
+    return f"{found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
+
+
+def correct(row: dict[str, Any]) -> Any:
+    """(images,) 1 where a run's model was right, as `figures` packed it."""
+    final = row["results"]["final"]
+    return np.unpackbits(np.frombuffer(base64.b64decode(final["correct"]), np.uint8), count=final["images"]).astype(np.float64)
+
+
+def counted(run: Run) -> str:
+    """New parameters and multiply-adds of a run's conversion of the paper's DeiT-T at 224 px, counted."""
+    host = VisionTransformer(embed_dim=192, depth=12, num_heads=3, class_token=False, global_pool="avg", fc_norm=False).eval()
+    conversion = read_settings(preset_name=run.preset, assignments=run.conversion_fields()).conversion
+    assert conversion is not None
+    model = lineate.convert(host, conversion)
+    return f"+{record(model).count('new') / 1e6:.2f}M, {count_operator_macs(model, torch.zeros(1, 3, 224, 224)):.2f}G"
+
+
 def markdown(table: Table) -> str:
     """The table with the paper's figures beside ours; a column that would be empty is left out."""
     columns = []
     for place, column in enumerate(table.columns):
-        papers, found = [row.paper[place] for row in table.rows], [row.runs[place] for row in table.rows]
+        papers, runs = [row.paper[place] for row in table.rows], [row.runs[place] for row in table.rows]
         columns.append([f"{column}, paper", *("" if figure is None else str(figure) for figure in papers)])
-        ours = ("" if run is None else table.on.shown(read(run, table.on.folder)) for run in found)
-        columns.append([f"{column}, here", *ours])
+        found = [None if run is None else read(run, table.on.folder) for run in runs]
+        columns.append([f"{column}, here", *("" if rows is None else table.on.shown(rows) for rows in found)])
+        reference = next((rows for row, rows in zip(table.rows, found, strict=True) if row.label == table.against), None)
+        if reference:
+            compared = ("" if rows is None or rows is reference else above(rows, reference) for rows in found)
+            columns.append([f"{column}, here, above {table.against}", *compared])
+    if any(row.size for row in table.rows):
+        columns.append(["parameters and multiply-adds, paper", *(row.size for row in table.rows)])
+        first = [next((run for run in row.runs if run is not None), None) for row in table.rows]
+        columns.append(["counted here", *("" if run is None else counted(run) for run in first)])
     heads, *lines = zip(["", *(row.label for row in table.rows)], *(column for column in columns if any(column[1:])), strict=True)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines))
+
+
+IMAGENET = 1_281_167
+FLOPS = 40e12  # a GPU sustains, assumed
+
+
+def full_size(table: Table, host: str, data: str) -> Iterator[str]:
+    """What a table takes at full size: for classifiers the host's command and estimates of time, then a command a run."""
+    if table.on is CLASSES:
+        tune, base = t5(), deit()
+        hours = 3 * 2 * 1.25e9 * IMAGENET / FLOPS / 3600  # an epoch of DeiT-T, backward as two forwards
+        rate = f"at {FLOPS / 1e12:.0f} TFLOP/s a GPU, which is assumed and not measured"
+        train = ["accelerate", "launch", "-m", "lineate", "train", "timm:deit_tiny_patch16_224", "--scratch", "--data", data]
+        options = ["--set", "class_token=drop", "--preset", "softmax", "--recipe", "deit", "--device", "cuda"]
+        yield f"# The host, {base.epochs:g} epochs, {base.epochs * hours:.0f} GPU hours {rate}:"
+        yield shlex.join([*train, *options, "--out", str(Path(host).parent)])
+        yield f"# Each row, {tune.epochs:g} epochs, {tune.epochs * hours:.1f} GPU hours, where reading pictures keeps up:"
+    yield from (table.on.command(table, run, host, data) for run in table.every())
 
 
 def command(table: Table, run: Run, host: str, data: str) -> str:
     """The command that runs one row at full size."""
     out = f"runs/{table.name}/{run.name}"
     fields = [*run.set, *([f"train.protocol={run.tune}"] if run.tune else [])]
+    if run.share != 1:
+        fields += [f"train.epochs={t5().epochs * run.share:g}", f"train.warmup_epochs={t5().warmup_epochs * run.share:g}"]
     options = ["--preset", run.preset, *(word for field in fields for word in ("--set", field)), "--out", out]
     if run.tune is not None:
         before = ["--calibrate-on", "PHOTOGRAPHS"] if run.calibrated else []
@@ -213,7 +301,7 @@ def main(table: Table) -> None:
     options = parser.parse_args()
     if options.scale == "full":
         data = options.data or "hf:ILSVRC/imagenet-1k"
-        print(*(table.on.command(table, run, options.host, data) for run in table.every()), sep="\n")
+        print(*full_size(table, options.host, data), sep="\n")
         return
     if not options.table:
         if options.threads:

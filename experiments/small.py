@@ -52,12 +52,13 @@ TUNING = BASELINE.model_copy(
 CALIBRATION = CalibrationConfig(steps=500, batch=8, pool=512)
 
 
-def tuning(protocol: str | None, fields: list[str], seed: int) -> TrainConfig | None:
-    """How a conversion is tuned: the common config with `train.FIELD=VALUE` fields set; None for no protocol."""
+def tuning(protocol: str | None, fields: list[str], seed: int, share: float = 1.0) -> TrainConfig | None:
+    """How a conversion is tuned: the common config for a share of its epochs, `train.FIELD=VALUE` set; None for no protocol."""
     if protocol is None:
         return None
     values = dict(field.removeprefix("train.").split("=", 1) for field in fields)
-    return TrainConfig.model_validate(TUNING.model_dump() | values | {"protocol": protocol, "seed": seed})
+    length = {"epochs": share * TUNING.epochs, "warmup_epochs": share * TUNING.warmup_epochs}
+    return TrainConfig.model_validate(TUNING.model_dump() | length | values | {"protocol": protocol, "seed": seed})
 
 
 def build() -> nn.Module:

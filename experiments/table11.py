@@ -21,6 +21,7 @@ TABLE = Table(
     "Table 11: top-1 by learning-rate multiplier of the new parameters",
     ("FT",),
     tuple(Row(f"{multiplier}×", (paper,), (run(multiplier),)) for multiplier, paper in PAPER.items()),
+    against="20×",
 )
 
 if __name__ == "__main__":

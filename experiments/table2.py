@@ -26,6 +26,7 @@ TABLE = Table(
     "Table 2: top-1 by key norm",
     ("FT",),
     tuple(Row(label, (paper,), (run(norm),)) for label, (norm, paper) in NORMS.items()),
+    against="InstanceNorm",
 )
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ TABLE = Table(
         Row("T⁵", (71.19,), (Run("t5-paper"),)),
         Row("Linear", (63.30,), (Run("linear"),)),
         Row("LiT (inherits the MLPs alone)", (69.52,), (Run("lit"),)),
-        Row("CLEAR", (68.66,), (Run("clear"),)),
+        Row("CLEAR", (68.66,), (Run("clear"),), "1.11G"),
         Row("Hedgehog, unstabilised", ("NaN",), (Run("hedgehog", ("mixer.feature=exp",)),)),
         Row("Hedgehog, stable", (None,), (Run("hedgehog"),)),
     ),
+    against="T⁵",
 )
 
 if __name__ == "__main__":

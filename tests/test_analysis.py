@@ -93,6 +93,14 @@ def test_a_core_is_read_before_its_key_norm_and_partial_conversions_show_every_s
     assert key_shift(converted, pictures()) == pytest.approx(before)
 
 
+def test_a_pooled_key_shift_is_of_the_mean_over_all_images() -> None:
+    model = host()
+    keys = torch.cat([qkv(model, image)[1][0, :, 1:].transpose(0, 1).flatten(1) for image in pictures()])
+    expected = (keys.mean(0).norm() / keys.norm(dim=1).mean()).item()
+    assert key_shift(model, pictures(), pooled=True)[SITE] == pytest.approx(expected, rel=1e-5)
+    assert key_shift(model, pictures(1), pooled=True) == pytest.approx(key_shift(model, pictures(1)))
+
+
 def test_key_shift_reads_keys_after_the_hosts_own_norm() -> None:
     model = host(qk_norm=True)
     k = qkv(model, pictures(1)[0])[1][0, :, 1:].transpose(0, 1).flatten(1)

@@ -34,27 +34,33 @@ def _sites(model: nn.Module) -> list[str]:
 
 
 @torch.inference_mode()
-def key_shift(model: nn.Module, images: Iterable[Tensor]) -> dict[str, float]:
+def key_shift(model: nn.Module, images: Iterable[Tensor], pooled: bool = False) -> dict[str, float]:
     """Key-shift ratio of every attention site, a mean over `images`: (3, h, w) or (B, 3, h, w), normalised, of any shapes.
 
     Equation 11: k_i is a grid token's whole key, all heads side by side (C), after the host's own key norm if it has one and
-    and rotary positions, and before a core's. Class and register tokens are left out. Raises `EvaluationError` if there are no
-    images, `UnsupportedModelError` for an attention that hides its keys.
+    rotary positions, and before a core's. Class and register tokens are left out. Raises `EvaluationError` if there are no
+    images, `UnsupportedModelError` for an attention that hides its keys. `pooled`, which the paper does not speak of, takes one
+    mean over the keys of all images in the place of each image's own: the part of the shift that they have in common.
     """
     family = detect(model)
-    totals = dict.fromkeys(_sites(model), 0.0)
-    prefix, run, count = family.geometry(model).prefix, family.runner(model), 0
+    means: dict[str, list[Tensor]] = {site: [] for site in _sites(model)}
+    sizes: dict[str, list[Tensor]] = {site: [] for site in means}
+    prefix, run = family.geometry(model).prefix, family.runner(model)
 
     def note(site: str, attended: Attended) -> None:
         keys = attended.k[:, :, prefix:].transpose(1, 2).flatten(2).double()
-        size = keys.norm(dim=-1).mean(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
-        totals[site] += float((keys.mean(dim=1).norm(dim=-1) / size).sum())
+        means[site] += keys.mean(dim=1)
+        sizes[site] += keys.norm(dim=-1).mean(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
 
-    with evaluating(model), family.watch(model, totals.keys(), note):
+    with evaluating(model), family.watch(model, means.keys(), note):
         for batch in batches(images, model):
             run(batch)
-            count += len(batch)
-    return {site: total / count for site, total in totals.items()}
+    return {site: _shift(torch.stack(means[site]), torch.stack(sizes[site]), pooled) for site in means}
+
+
+def _shift(means: Tensor, sizes: Tensor, pooled: bool) -> float:
+    """Of every image's mean key (B, C) and mean size of a key (B,)."""
+    return float(means.mean(dim=0).norm() / sizes.mean()) if pooled else float((means.norm(dim=-1) / sizes).mean())
 
 
 def _attended(model: nn.Module, image: Tensor, site: str) -> Attended:
