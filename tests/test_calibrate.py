@@ -57,7 +57,7 @@ def test_every_site_comes_closer_to_the_host(tiny_vit, name: str) -> None:
     assert result.images == 8 and result.steps == 2 * QUICK.steps
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name, conversion in PRESETS.items() if conversion.inherit == "all"])
 def test_presets_with_new_parameters_come_closer_and_the_others_are_left_as_they_are(tiny_vit, name: str) -> None:
     model = convert(host(tiny_vit), name)
     before = copy.deepcopy(model.state_dict())
@@ -201,6 +201,19 @@ def test_refusals(tiny_vit) -> None:
         calibrate(convert(host(tiny_vit).bfloat16(), "t5"), pictures())
     with pytest.raises(EvaluationError, match="no images"):
         calibrate(convert(host(tiny_vit), "t5"), [])
+
+
+def test_attentions_that_were_drawn_anew_are_no_teacher(tiny_vit) -> None:
+    """Their answers are noise; weights drawn anew beside an attention that was kept are none of its business."""
+    for conversion in ("lit", Conversion(inherit="mlp")):
+        model = convert(host(tiny_vit), conversion)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(
+            CalibrationError, match=r"inherit='mlp' drew blocks\.0\.attn\.qkv\.weight and 7 other tensors of attent"
+        ):
+            calibrate(model, pictures(), config=QUICK)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert calibrate(convert(host(tiny_vit), Conversion(inherit="attention")), pictures(), config=QUICK).images == 8
 
 
 @pytest.mark.parametrize("name", ["dit5", "hyena-y", "cpe"])

@@ -88,9 +88,9 @@ def test_a_denoiser_is_converted_fitted_tuned_and_measured_by_its_pictures(
     for name, value in (quick | {"find_extractor": lambda name, device: extractor}).items():
         monkeypatch.setattr(generation, name, value)
 
-    run = harness.Run("dit5", ("train.epochs=1", "inherit=mlp"), calibrated=True)
+    run = harness.Run("dit5", ("train.epochs=1", "inherit=attention"), calibrated=True)
     row = generation.execute(run, 1, tmp_path / "cache", Features("mean", torch.rand(20, 3)))
-    assert row["conversion"]["inherit"] == "mlp" and row["results"]["tuning"]["steps"] == 2
+    assert row["conversion"]["inherit"] == "attention" and row["results"]["tuning"]["steps"] == 2
     assert row["results"]["calibration"]["images"] == 4
     assert row["results"]["final"]["kid"]["samples"] == 40 and row["results"]["final"]["fd"]["components"] == 3
     with Image.open(tmp_path / "results" / "dit" / run.name / "seed1.png") as grid:

@@ -16,10 +16,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lineate import checkpoint, sources
+from lineate.cli.options import converted_as, settings
 from lineate.convert import PRESETS, convert, record
 from lineate.core import Neighborhood
 from lineate.families import UnsupportedModelError
-from lineate.sources import SourceError, load_source
+from lineate.settings import SettingsError
+from lineate.sources import SourceError, is_denoiser, load_denoiser, load_source
+from lineate.text2image.pipelines import is_pipeline
+
+from .tiny import dit, sd3
 
 NAME = "vit_tiny_patch16_224"
 
@@ -300,3 +305,23 @@ def test_importing_pulls_in_neither_timm_nor_pillow() -> None:
     check += "print([name for name in ('timm', 'torchvision', 'PIL', 'onnx') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_runs_folder_is_the_model_in_it(tiny_vit: Any, tmp_path: Path) -> None:
+    """Every question is answered alike for RUN and RUN/model; its conversion can be said again and not changed."""
+    kinds = {"t5": tiny_vit(), "dit5": dit(), "sd35-t5": sd3(num_layers=6)}
+    for preset, host in kinds.items():
+        run = tmp_path / preset
+        checkpoint.save(convert(host, preset), run / "model")
+        for place in map(str, (run, run / "model")):
+            assert converted_as(place) == PRESETS[preset]
+            assert is_pipeline(place) is (preset == "sd35-t5")
+            assert is_pipeline(place) or is_denoiser(place) is (preset == "dit5")
+            assert settings(place, preset, None, (), None).conversion is None
+            with pytest.raises(SettingsError, match=f"as {preset}, so --preset t5-plus cannot change it"):
+                settings(place, "t5-plus", None, (), None)
+            with pytest.raises(SettingsError, match=f"as {preset}, so --set locality cannot change it"):
+                settings(place, None, None, ("locality=none",), None)
+    for load, run in ((lambda text: load_source(text).model, "t5"), (load_denoiser, "dit5")):
+        one, other = (load(str(tmp_path / run / part)).state_dict() for part in ("", "model"))
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())

@@ -336,6 +336,18 @@ def _only_cores_learn(model: nn.Module) -> Iterator[None]:
             parameter.grad = None
 
 
+def _check_teacher(model: nn.Module) -> None:
+    """Raise `CalibrationError` where the attention that a core would be fitted to was itself drawn anew, and so is noise."""
+    done = record(model)
+    redrawn = [name for name in done.names("new") if not is_new(name) and any(name.startswith(f"{s}.") for s in done.sites)]
+    if redrawn:
+        raise CalibrationError(
+            f"inherit={done.conversion.inherit!r} drew {redrawn[0]} and {len(redrawn) - 1} other tensors of attentions anew, so "
+            "there is no softmax attention left to fit the cores to; choices: inherit='all' or 'attention', or train without "
+            "calibrating"
+        )
+
+
 def calibrate(
     model: nn.Module,
     examples: Tensor | Iterable[Tensor] | Iterable[Call],
@@ -349,8 +361,8 @@ def calibrate(
     or calls of the model, as `trajectory` of `lineate.generation` has them of a denoiser. They may differ in shape.
     `progress(done, total, what)` is called after every optimiser step.
     Raises `ConversionError` on an unconverted model, `EvaluationError` on unusable images, `CalibrationError` when a loss
-    leaves the finite numbers. Whatever is raised, Ctrl-C included, the model stays valid: some cores fitted, the others as they
-    were.
+    leaves the finite numbers, and for a model whose attentions the conversion drew anew. Whatever is raised, Ctrl-C included, the
+    model stays valid: some cores fitted, the others as they were.
     """
     config = config or CalibrationConfig()
     dtype = next(model.parameters()).dtype
@@ -358,6 +370,7 @@ def calibrate(
         raise CalibrationError(
             f"the model is in {dtype}; calibrate it in torch.float32 (model.float()) and cast it back afterwards"
         )
+    _check_teacher(model)
     started = time.perf_counter()
     calibration = _Calibration(model, config, progress)
     with evaluating(model), _only_cores_learn(model), torch.enable_grad():

@@ -134,6 +134,12 @@ def load(path: str | Path, *, base: nn.Module | None = None) -> nn.Module:
     return model.eval()
 
 
+def saved_in(place: str | Path) -> Path | None:
+    """Where a model is saved: `place` itself, or `place`/model, where a run leaves it; None if in neither."""
+    folders = (Path(place), Path(place) / "model") if str(place) else ()
+    return next((folder for folder in folders if (folder / MANIFEST).is_file()), None)
+
+
 def read_record(path: str | Path) -> ConversionRecord:
     """The record of the model in the directory `path`, without its tensors. Raises `CheckpointError`."""
     return _read_manifest(Path(path)).record

@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lineate.calibrate import CalibrationConfig
-from lineate.convert import Conversion, preset
+from lineate.convert import PRESETS, Conversion, preset
 from lineate.core import Neighborhood
 from lineate.mixers import MIXERS
 from lineate.mixers.base import Frozen
@@ -63,15 +63,18 @@ def read_settings(
 ) -> Settings:
     """The settings that the options say. `seed` is the conversion's, the calibration's and the training's.
 
-    `converted` is the conversion of a source that is converted already: no other can be said, only the rest. `epochs` shortens
-    or lengthens a recipe with its warm-up, where `trains`. `default` names the preset and the recipe where none is said.
+    `converted` is the conversion of a source that is converted already: no other can be said, only this and the rest. `epochs`
+    shortens or lengthens a recipe with its warm-up, where `trains`. `default` names the preset and the recipe where none is said.
     Raises `SettingsError`, or `ConversionError` for an unknown preset.
     """
     if seed is not None and not 0 <= seed < 2**63:
         raise SettingsError(f"--seed must be 0 to 2**63 - 1, got {seed}")
     said = _read_config(config) if config else {}
-    if converted is not None and said.get("conversion") is not None and _same(said["conversion"], converted):
-        del said["conversion"]
+    if converted is not None:
+        if said.get("conversion") is not None and _same(said["conversion"], converted):
+            del said["conversion"]
+        if preset_name is not None and preset(preset_name) == converted.model_copy(update={"seed": 0}):
+            preset_name = None
     pairs = [_parse(text) for text in assignments]
     if not trains and (path := next((path for path, _ in pairs if path[0] == "train"), None)):
         raise SettingsError(f"{'.'.join(path)} cannot be set where nothing is trained")
@@ -81,8 +84,11 @@ def read_settings(
         beyond = [".".join(path) for path, _ in pairs if path[0] not in ("calibration", "train")]
         if preset_name is not None or said.get("conversion") is not None or beyond:
             free = "calibration.* and train.*" if trains else "calibration.*"
-            what = f"--set {beyond[0]}" if beyond else "--preset" if preset_name is not None else f"the conversion in {config}"
-            raise SettingsError(f"the source is converted already, so {what} cannot change it; only {free} can be set")
+            named = f"--preset {preset_name}" if preset_name is not None else f"the conversion in {config}"
+            what = f"--set {beyond[0]}" if beyond else named
+            raise SettingsError(
+                f"the source is converted already, {_called(converted)}, so {what} cannot change it; only {free} can be set"
+            )
     chosen = None if converted is not None or said.get("conversion") is not None else preset_name or default
     fields = said.get("conversion") if chosen is None else preset(chosen).model_dump(mode="json")
     fields = (fields or {}) | {"calibration": said.get("calibration") or {}}
@@ -129,6 +135,13 @@ def _same(said: dict[str, Any], conversion: Conversion) -> bool:
         return Conversion.model_validate(said) == conversion
     except ValidationError:
         return False
+
+
+def _called(conversion: Conversion) -> str:
+    """The preset that a conversion is, whatever its seed, or its mixer's name."""
+    plain = conversion.model_copy(update={"seed": 0})
+    found = next((name for name, known in PRESETS.items() if known == plain), None)
+    return f"as {found}" if found is not None else f"as no preset says (mixer {conversion.mixer.name})"
 
 
 def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:

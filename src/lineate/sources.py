@@ -5,8 +5,8 @@ timm:NAME              timm's pretrained model, from the hub or its cache
 timm:NAME@CHECKPOINT   timm's architecture with weights from a local .safetensors, .pt or .pth file
 transformers:NAME      transformers' pretrained vision model, from the hub, its cache, or a directory made by save_pretrained;
                        of a model with a text tower the vision tower
-DIRECTORY              a checkpoint saved by lineate: converted already, or, if it keeps softmax, a host like any other, such as
-                       the baseline that `lineate train --preset softmax` leaves
+DIRECTORY              a checkpoint saved by lineate, or a run's folder that holds one as model/: converted already, or, if it
+                       keeps softmax, a host like any other, such as the baseline that `lineate train --preset softmax` leaves
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def load_source(text: str, *, image_size: int | None = None, scratch: int | None
     if text.startswith("transformers:"):
         return _transformers_source(text.removeprefix("transformers:"), image_size)
     if text and Path(text).is_dir():
-        saved = checkpoint.load(text)
+        saved = checkpoint.load(checkpoint.saved_in(text) or text)
         done = record(saved)
         model = checkpoint.original_of(saved) if done.conversion.keeps_softmax else saved
         return _source(model, str(text), image_size, *_statistics(saved, text), done.names("interpolated"))
@@ -87,7 +87,7 @@ def is_denoiser(text: str) -> bool:
     """Whether `text` names a denoiser, as far as can be told without its weights."""
     if text.startswith("dit:"):
         return True
-    return bool(text) and Path(text).is_dir() and checkpoint.read_record(text).family in DENOISING
+    return bool(text) and Path(text).is_dir() and checkpoint.read_record(checkpoint.saved_in(text) or text).family in DENOISING
 
 
 def load_denoiser(text: str, *, drawn: Mapping[str, Any] | None = None) -> nn.Module:
@@ -101,7 +101,7 @@ def load_denoiser(text: str, *, drawn: Mapping[str, Any] | None = None) -> nn.Mo
     if drawn is not None:
         raise SourceError(f"only a DiT can be drawn anew, got {text!r}; choices: {DRAWN}")
     if text and Path(text).is_dir():
-        saved = checkpoint.load(text)
+        saved = checkpoint.load(checkpoint.saved_in(text) or text)
         if detect(saved).name not in DENOISING:
             raise SourceError(f"{text} holds a {type(saved).__name__}, which is no denoiser; choices: {DENOISERS}")
         return checkpoint.original_of(saved) if record(saved).conversion.keeps_softmax else saved

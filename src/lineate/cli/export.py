@@ -32,10 +32,9 @@ def export(
     from lineate.sources import is_denoiser, load_denoiser, load_source
 
     runs.check_file(out, overwrite)
-    source = str(inside) if (inside := Path(run) / "model").is_dir() else run
     with screen() as shown:
-        shown.say(f"loading {source}")
-        model = load_denoiser(source) if is_denoiser(source) else load_source(source).model
+        shown.say(f"loading {run}")
+        model = load_denoiser(run) if is_denoiser(run) else load_source(run).model
         shown.say(f"tracing, writing and checking {out}")
         asked: Any = {"format": format, "outputs": [name.strip() for name in outputs.split(",")] if outputs else ()}
         agreements = write(model.float(), out, opset=opset, **asked)

@@ -72,7 +72,7 @@ def generate(
         raise GenerateError("several processes need --out, a folder that all of them write into")
     place, first = (place, True) if shared is None else (shared.device, shared.is_main_process)
     with screen() as shown, tempfile.TemporaryDirectory() as scratch:
-        model = denoiser(load_denoiser(str(inside) if (inside := Path(run) / "model").is_dir() else run).to(place))
+        model = denoiser(load_denoiser(run).to(place))
         chosen = _numbers(classes) if classes is not None else list(range(model.classes))
         count = number or (4 * len(chosen) if classes is not None else 16)
         files = make(

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lineate.convert import Conversion
     from lineate.settings import Settings
 
-SOURCE = "embedded, timm:NAME, timm:NAME@CHECKPOINT, transformers:NAME, or a directory saved by lineate"
+SOURCE = "embedded, timm:NAME, timm:NAME@CHECKPOINT, transformers:NAME, or a directory that lineate wrote"
 SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help=f"The model: {SOURCE}.")]
 Preset = Annotated[
     str | None, typer.Option(help="Name of a conversion; `lineate presets` lists them (default: t5, or dit5 for a denoiser).")
@@ -63,8 +63,8 @@ def settings(
 
 
 def converted_as(source: str) -> Conversion | None:
-    """The conversion of a saved directory; None for a source that is still to be converted."""
-    from lineate.checkpoint import MANIFEST, read_record
+    """The conversion of what a directory holds; None for a source that is still to be converted."""
+    from lineate.checkpoint import read_record, saved_in
 
-    conversion = read_record(source).conversion if source and (Path(source) / MANIFEST).is_file() else None
+    conversion = read_record(saved).conversion if (saved := saved_in(source)) is not None else None
     return None if conversion is None or conversion.keeps_softmax else conversion

@@ -2,7 +2,8 @@
 
     shapes             the stand-in that ships with this package
     diffusers:NAME     a pipeline of the Hugging Face hub, or a folder with model_index.json that `save_pretrained` wrote
-    FOLDER             such a folder, or what `lineate train` left: the transformer, put into the pipeline that it came from
+    FOLDER             such a folder, or what `lineate train`, `calibrate` or `convert` left: the transformer, put into the
+                       pipeline that it came from
 
 The stand-in is a pipeline of 2.5M parameters that draws the scenes of `shapes`; `experiments/drawn.py` trained it.
 """
@@ -16,12 +17,13 @@ from typing import Any
 import torch
 
 from lineate import checkpoint
+from lineate.convert import record
 from lineate.text2image.autoencoder import GenerateError
 from lineate.text2image.texts import quietly
 
 STAND_IN, SHAPES = Path(__file__).parent / "standin", "shapes"
 FAMILY = "diffusers-sd3"
-PIPELINES = f"{SHAPES}, diffusers:NAME, a folder with model_index.json, a folder that `lineate train` wrote"
+PIPELINES = f"{SHAPES}, diffusers:NAME, a folder with model_index.json, a folder that lineate wrote"
 
 
 def load_pipeline(source: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -30,9 +32,11 @@ def load_pipeline(source: str, dtype: torch.dtype = torch.float32) -> Any:
 
     from lineate.models import patches  # noqa: F401  diffusers takes a class of ours only from a module that is imported already
 
-    if (saved := _trained(source)) is not None:
+    if (saved := checkpoint.saved_in(source)) is not None:
         pipe = load_pipeline(_base(saved), dtype)
-        pipe.transformer = checkpoint.load(saved).to(dtype)
+        model = checkpoint.load(saved)
+        softmax = record(model).conversion.keeps_softmax  # a host like any other then
+        pipe.transformer = (checkpoint.original_of(model) if softmax else model).to(dtype)
         return pipe
     name = str(STAND_IN) if source == SHAPES else source.removeprefix("diffusers:")
     if name == source and not (Path(source) / "model_index.json").is_file():
@@ -50,16 +54,9 @@ def load_pipeline(source: str, dtype: torch.dtype = torch.float32) -> Any:
 
 def is_pipeline(source: str) -> bool:
     """Whether `source` names a text-to-image pipeline, as far as can be told without loading it."""
-    saved = _trained(source)
-    if saved is not None:
+    if (saved := checkpoint.saved_in(source)) is not None:
         return checkpoint.read_record(saved).family == FAMILY
     return source == SHAPES or source.startswith("diffusers:") or (bool(source) and (Path(source) / "model_index.json").is_file())
-
-
-def _trained(source: str) -> Path | None:
-    """Where a training saved its transformer; None if `source` is no such folder."""
-    folders = (Path(source) / "model", Path(source)) if source else ()
-    return next((folder for folder in folders if (folder / checkpoint.MANIFEST).is_file()), None)
 
 
 def _base(saved: Path) -> str:
