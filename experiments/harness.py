@@ -215,7 +215,7 @@ def above(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> s
     pairs = [(correct(row), theirs[row["seed"]]) for row in rows if "final" in row["results"] and row["seed"] in theirs]
     if not pairs:
         return ""
-    found = mean_interval(np.mean([100.0 * ours - theirs for ours, theirs in pairs], axis=0).tolist())
+    found = mean_interval((100.0 * np.mean([ours - theirs for ours, theirs in pairs], axis=0)).tolist())
     return f"{found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
 
 

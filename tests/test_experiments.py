@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import importlib
 import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -97,6 +99,28 @@ def test_a_denoiser_is_converted_fitted_tuned_and_measured_by_its_pictures(
         assert grid.size == (10 * 9 + 1, 4 * 9 + 1)
     fd = row["results"]["final"]["fd"]["value"]
     assert generation.shown([row]).endswith(f" / {fd:.1f} (1)") and generation.shown([]) == "not run"
+
+
+def test_runs_are_compared_image_by_image_seed_by_seed(modules: dict[str, ModuleType]) -> None:
+    """Of four images, by two seeds: the one run is right where the other is wrong in 3 and in 1; a third seed has no partner."""
+
+    def row(seed: int, *right: int) -> dict[str, Any]:
+        packed = base64.b64encode(np.packbits(right).tobytes()).decode()
+        return {"seed": seed, "results": {"final": {"images": 4, "correct": packed}}}
+
+    ours = [row(0, 1, 1, 1, 0), row(1, 1, 0, 0, 0), row(2, 1, 1, 1, 1)]
+    theirs = [row(1, 0, 0, 0, 0), row(0, 0, 0, 0, 0)]
+    assert modules["harness"].above(ours, theirs).startswith("+50.0 [")
+    assert modules["harness"].above(theirs, ours[:1]).startswith("-75.0 [") and modules["harness"].above(ours[2:], theirs) == ""
+
+
+def test_full_size_commands_keep_the_papers_lengths(modules: dict[str, ModuleType]) -> None:
+    lines = list(modules["harness"].full_size(modules["tune"].TABLE, "runs/deit/model", "IMAGENET"))
+    epochs = [
+        part.split("=")[1].split()[0] for line in lines for part in line.split("--set ")[1:] if part.startswith("train.epochs")
+    ]
+    assert epochs == ["3"] * 6 + ["6"] * 6 + ["15"] * 6
+    assert "--recipe deit" in lines[1] and "--out runs/deit" in lines[1]
 
 
 def test_every_row_of_every_table_is_a_conversion_and_a_training_that_exist(modules: dict[str, ModuleType]) -> None:
