@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from timm.models import Eva, VisionTransformer
-from tiny import PLAIN, VISION, dit
+from tiny import PLAIN, VISION, dit, gradients
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -33,6 +33,7 @@ from lineate.mixers.ttt import TTTConfig
 from lineate.ops import sharded
 from lineate.ops.sharded import Share
 from lineate.parallel import ShardedCore, parallelize
+from lineate.train.protocols import leave_unreached
 
 HOST = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5, "dynamic_img_size": True}
 NEAR = Neighborhood(window=3, mix="learned")
@@ -144,8 +145,8 @@ def check_model(name: str, mesh: DeviceMesh) -> None:
     make, conversion = MODELS[name]
     asked = conversion if isinstance(conversion, str) else Conversion(**conversion.model_dump())
     whole = stirred(convert(make().eval(), asked))
-    for parameter, tensor in whole.named_parameters():
-        tensor.requires_grad_("mask_token" not in parameter)  # DistributedDataParallel waits for whatever could have a gradient
+    answer(whole, draw(whole, 2, 3)).sum().backward()
+    leave_unreached(whole, gradients(whole))  # DistributedDataParallel waits for whatever could have a gradient
     spread = parallelize(copy.deepcopy(whole), mesh)
     wrapped = DistributedDataParallel(spread, process_group=mesh.get_group())
     for rows, columns in ((2 * mesh.size() + 1, 3), (3 * mesh.size() - 1, 5)):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from typer.testing import CliRunner
 
@@ -25,6 +26,7 @@ from lineate.settings import SettingsError, read_settings
 from lineate.sources import Source
 from lineate.train.config import TrainConfig
 
+from .tiny import VISION
 from .train.conftest import draw_pictures
 
 QUICK = ("--set", "train.batch=8", "--set", "train.workers=0", "--set", "train.tracker=none")
@@ -193,13 +195,22 @@ def test_linearize_trains_after_it_calibrated(tmp_path: Path, unconverted: str, 
 
 
 @pytest.mark.slow
-def test_two_processes_train_one_model(tmp_path: Path, saved: Path, data: Path) -> None:
+def test_two_processes_train_one_model(tmp_path: Path, data: Path) -> None:
+    """One of transformers', whose mask token never gets a gradient; nothing is warned of, and the token stays as it is."""
+    host = transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**VISION, num_labels=5)).eval()
+    host.config.image_mean, host.config.image_std = [0.5] * 3, [0.5] * 3
+    with torch.no_grad():
+        host.dinov2.embeddings.mask_token.fill_(1)
+    saved = lineate.save(lineate.convert(host), tmp_path / "saved")
     arguments = ["train", str(saved), "--data", str(data), "--out", str(tmp_path / "run"), *QUICK, "--epochs", "1"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "lineate"]
     done_ = subprocess.run(
         [*launcher, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
     )
     assert done_.returncode == 0, done_.stderr
+    assert "no gradient reaches dinov2.embeddings.mask_token; left as they are" in done_.stderr
+    assert "Warning" not in done_.stderr
+    assert lineate.load(tmp_path / "run" / "model").get_parameter("dinov2.embeddings.mask_token").eq(1).all()
     assert done_.stderr.count("epoch 1/1") == 1 and done_.stdout.count("model:") == 1
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (run["results"]["training"]["steps"], run["results"]["training"]["images"]) == (2, 32)

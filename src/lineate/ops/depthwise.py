@@ -29,6 +29,7 @@ def depthwise(
     behind = x.shape[-2] - first - height * width
     grid = x[:, :, first : first + height * width].transpose(1, 2).flatten(2)  # free where x is a view of a projection
     image = grid.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    weight = weight.flatten(1).unflatten(1, (1, 3, 3))  # its gradient then has its strides, which DDP would copy it into
     out = F.conv2d(image, weight, bias, padding=1, groups=len(weight)).permute(0, 2, 3, 1)
     tokens = out.flatten(1, 2).unflatten(2, (x.shape[1], -1)).transpose(1, 2)
     return F.pad(tokens, (0, 0, first, behind)) if first or behind else tokens

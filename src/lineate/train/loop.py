@@ -43,10 +43,12 @@ from lineate.train.config import TrainConfig
 from lineate.train.data import Batches
 from lineate.train.objectives import Objective
 from lineate.train.optim import make_optimizer, make_schedule, total_steps
-from lineate.train.protocols import choose, merge, train_mode
+from lineate.train.protocols import choose, leave_unreached, merge, train_mode
 from lineate.train.randomness import STEP, derive, left_alone, seed_all
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
+REPLICATED = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+NAMED = 4  # parameters in one line
 # Settings that may change between a run and its resumption: they do not reach a weight.
 WITHOUT_EFFECT = {"max_steps", "checkpoint_steps", "keep", "eval_epochs", "log_steps", "tracker", "workers"}
 
@@ -126,7 +128,7 @@ def fit(
     if checkpoints.newest(out) is not None and not resume:
         raise TrainError(f"{checkpoints.folder(out)} holds a run's checkpoints; resume it, or choose another folder")
     with left_alone(), _deterministic(config), _noting(out):
-        run = _prepare(accelerator, model, batches, objective, config, out, evaluate, about)
+        run = _prepare(accelerator, model, batches, objective, config, out, evaluate, about, say)
         learning = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
         state = checkpoints.resume(accelerator, out, run.identity, say) if resume else State()
         state = _train(run, batches, state, say, progress)
@@ -280,8 +282,7 @@ def _accelerator(model: nn.Module, config: TrainConfig, out: Path) -> Accelerato
     kind, sharded = accelerator.distributed_type, os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if sharded and kind == DistributedType.MULTI_CPU:
         raise TrainError("accelerate shards on GPUs only, and would take DDP without a word; launch without FSDP on CPUs")
-    replicated = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if kind not in replicated and not accelerator.is_fsdp2:
+    if kind not in (DistributedType.NO, *REPLICATED) and not accelerator.is_fsdp2:
         raise TrainError(f"{kind.value} is not supported; choices: one process, DDP, FSDP with fsdp_version 2")
     if accelerator.is_fsdp2 and config.ema is not None:
         raise TrainError("ema: the average of sharded weights is not supported; train without ema, or with DDP")
@@ -297,12 +298,15 @@ def _prepare(
     out: Path,
     evaluate: Evaluate | None,
     about: Mapping[str, Any] | None,
+    say: Callable[[str], None],
 ) -> _Run:
     """Everything that a run needs, before its first step."""
     processes, per_epoch = accelerator.num_processes, batches.steps(accelerator.num_processes)
     global_batch, total = config.batch * config.accumulate * processes, total_steps(config, per_epoch)
     trained = copy.deepcopy(model) if accelerator.is_fsdp2 else model  # sharding changes a model for good
     choose(trained, config)
+    if accelerator.distributed_type in REPLICATED and not accelerator.is_fsdp2:
+        _leave_idle(accelerator, trained, batches, objective, config, say)
     identity = _identity(trained, batches, config, processes, about)
     average = None
     if config.ema is not None:  # before accelerate wraps `forward`: the copy would call the original's
@@ -317,6 +321,31 @@ def _prepare(
         accelerator, trained, wrapped, stepper, schedule, average, objective, config, out, identity, evaluate,
         global_batch, per_epoch, total, min(total, config.max_steps or total),
     )  # fmt: skip
+
+
+def _leave_idle(
+    accelerator: Accelerator,
+    model: nn.Module,
+    batches: Batches,
+    objective: Objective,
+    config: TrainConfig,
+    say: Callable[[str], None],
+) -> None:
+    """Freeze what no process's first batch gives a gradient to: DDP waits for the gradient of whatever could have one.
+
+    Such are weights that stand beside what is trained, like the mask token of transformers' DINOv2.
+    """
+    train_mode(model.to(accelerator.device), config.protocol)
+    seed_all(derive(STEP, config.seed, 0, accelerator.process_index, 0))
+    batch = next(batches.stream(0, 1, accelerator.process_index, accelerator.num_processes))
+    with accelerator.autocast():
+        loss = objective(model, send_to_device(batch, accelerator.device))["loss"]
+    loss.backward()
+    reached = gather_object([name for name, parameter in model.named_parameters() if parameter.grad is not None])
+    model.zero_grad()
+    if left := leave_unreached(model, set(reached)):
+        more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
+        say(f"no gradient reaches {', '.join(left[:NAMED])}{more}; left as they are")
 
 
 def _identity(

@@ -5,6 +5,8 @@ What is new is read from the model's ConversionRecord; a model without one (a ho
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 
 from lineate.convert import ConversionRecord, core_modules, is_new
@@ -32,6 +34,14 @@ def choose(model: nn.Module, config: TrainConfig) -> None:
         raise TrainError(
             f"protocol {config.protocol!r} trains the new parameters, and this {type(model).__name__} has none; choices: ft, lora"
         )
+
+
+def leave_unreached(model: nn.Module, reached: Collection[str]) -> list[str]:
+    """Freeze what could learn and is not among the names that a gradient reached; the names of what was frozen."""
+    left = [name for name, parameter in model.named_parameters() if parameter.requires_grad and name not in reached]
+    for name in left:
+        model.get_parameter(name).requires_grad_(False)
+    return left
 
 
 def train_mode(model: nn.Module, protocol: Protocol) -> None:
