@@ -206,8 +206,8 @@ class _Calibration:
             if not (beside.args or beside.kwargs) or len(received) == len(self.blocks):
                 raise _Left
 
-        with suppress(_Left), listening(self.blocks, note):
-            call.of(self.run_model)
+        with suppress(_Left), listening(self.blocks, note):  # calls may wait in host memory
+            call.to(next(self.model.parameters()).device).of(self.run_model)
         streams, besides = received[0][0], [beside for _, beside in received]
         return _Piece(self.tracker.grid, streams, streams, besides if len(besides) > 1 else besides * len(self.blocks))
 

@@ -30,6 +30,10 @@ class Call:
         """Every tensor, in order; dictionaries are looked through."""
         return _tensors([*self.args, self.kwargs])
 
+    def to(self, device: torch.device | str) -> Call:
+        """The same, every tensor on `device`."""
+        return _mapped(lambda tensors: tensors[0].to(device), [self])
+
     def __len__(self) -> int:
         """How many examples."""
         return len(next(self.tensors()))

@@ -48,11 +48,18 @@ def test_an_original_is_converted_and_fitted_along_its_sampling(source: str, tmp
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-def test_pictures_are_for_models_that_see(source: str, tmp_path: Path) -> None:
+def test_what_means_nothing_to_a_source_is_refused(source: str, tmp_path: Path) -> None:
+    texts = ("--prompts", tmp_path / "texts.txt")
     for arguments, reason in (
-        ((source, "--images", tmp_path), "a denoiser is calibrated along its own sampling, without --images"),
-        (("timm:test_vit",), "give --images DIR"),
+        ((source, "--images", tmp_path), "--images means nothing to a denoiser of classes; choices: --scheduler, --steps"),
+        ((source, *texts), "--prompts means nothing to a denoiser of classes"),
+        ((source, "--image-size", "64"), "--image-size means nothing to a denoiser of classes"),
         ((source, "--steps", "7"), "steps must divide that; got 7"),
+        (("timm:test_vit",), "a classifier is calibrated on something; give --images DIR"),
+        (("timm:test_vit", "--images", tmp_path, "--guidance", "2"), "--guidance means nothing to a classifier"),
+        (("shapes",), "a text-to-image pipeline is calibrated on something; give --prompts FILE"),
+        (("shapes", *texts, "--scheduler", "ddim"), "--scheduler means nothing to a text-to-image pipeline"),
+        (("shapes", *texts, "--all-channels"), "--all-channels means nothing to a text-to-image pipeline"),
     ):
         refused = call("calibrate", *arguments, "--out", tmp_path / "none")
         assert refused.exit_code == 1 and reason in refused.stderr, refused.output

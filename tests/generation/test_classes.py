@@ -17,6 +17,10 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+import lineate
+from lineate.checkpoint import original_of
+from lineate.convert import ConversionRecord, record
+from lineate.families import family
 from lineate.generation import classes as module
 from lineate.generation.classes import (
     Denoiser,
@@ -28,6 +32,7 @@ from lineate.generation.classes import (
     make_scheduler,
     pack,
     read,
+    remember,
     sample,
 )
 from lineate.models.dit import DiT
@@ -238,6 +243,25 @@ def test_dits_tell_what_they_make() -> None:
     assert sample(made, [0], [0], Sampling(steps=2, guidance=3)).shape == (1, 4, 4, 4)
     with pytest.raises(GenerateError, match="Linear is no class-conditional denoiser"):
         denoiser(nn.Linear(2, 2))
+
+
+def test_what_a_dit_learned_it_keeps() -> None:
+    """Through conversion, saving and back to its host; it is not asked for anything else."""
+    model = DiT((4, 8), 2, 3, 24, 1, 2, num_classes=4)
+    assert denoiser(model).scheduler("ddim") == "ddim"  # a released file does not say
+    remember(model, "flow", (6, 6))
+    remember(lineate.convert(model, "dit5"), "flow", (8, 4))
+    again = ConversionRecord.model_validate_json(record(model).model_dump_json())
+    for found in (model, original_of(model), family(again.family).build(again.host or {})):
+        made = denoiser(found)
+        assert (made.objective, made.shape, made.scheduler("ddim")) == ("flow", (3, 8, 4), "flow")
+    assert sample(denoiser(model, (4, 12)), [0], [0], Sampling(scheduler="flow", steps=2)).shape == (1, 3, 4, 12)
+    with pytest.raises(GenerateError, match="learned flow, not what ddpm asks; choices: flow"):
+        sample(denoiser(model), [0], [0], Sampling(steps=2))
+    with pytest.raises(GenerateError, match="latents of 5x4 are no multiples of the patch of 2"):
+        denoiser(model, (5, 4))
+    with pytest.raises(GenerateError, match="learned flow, and ddpm is another objective"):
+        remember(model, "ddpm")
 
 
 def test_a_model_without_a_null_label_is_not_guided(tmp_path: Path) -> None:

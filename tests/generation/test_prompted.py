@@ -78,9 +78,12 @@ def test_prompts_are_read_in_both_forms(tmp_path: Path) -> None:
     assert prompts_in(metadata) == prompts
 
 
-def test_a_trajectory_has_every_half_of_guidance_and_calibrates_a_conversion(pipe: Any) -> None:
+def test_a_trajectory_has_every_half_of_guidance_and_calibrates_a_conversion(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipe.vae, "decode", lambda *args, **more: pytest.fail("a trajectory decodes nothing"))
     calls = trajectory(pipe, TEXTS, PromptSampling(steps=4), 24, batch=4)
     assert len(calls) == 24 and all(len(call) == 1 for call in calls)
+    flat = trajectory(pipe, TEXTS, PromptSampling(steps=2, size=(16, 24)), 2, batch=1)
+    assert flat[0].kwargs["hidden_states"].shape == (1, 12, 2, 3)
     assert len({float(call.kwargs["timestep"]) for call in calls}) == 4
     texts = {float(call.kwargs["encoder_hidden_states"].sum()) for call in calls}
     assert len(texts) == 3  # two and the empty one

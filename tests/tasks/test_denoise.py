@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import lineate
 from lineate.cli.app import app
 from lineate.convert import is_new, record
+from lineate.generation.classes import ABOUT, read
 from lineate.models.dit import DiT
 from lineate.train.latents import Index, read_index
 
@@ -76,6 +77,15 @@ def refused(*arguments: Any) -> str:
     return str(result.stderr).splitlines()[-1]
 
 
+def sampled(run: Path, out: Path, *arguments: Any) -> tuple[str, tuple[int, ...]]:
+    """How pictures of a run were drawn, and their shape."""
+    result = CliRunner().invoke(
+        app, ["generate", str(run), "--out", str(out), "--number", "1", "--steps", "2", "--guidance", "1", *map(str, arguments)]
+    )
+    assert result.exit_code == 0, result.stderr
+    return json.loads((out / ABOUT).read_text())["sampling"]["scheduler"], tuple(read(out / "00000.png").shape)
+
+
 def weights(run: Path) -> dict[str, Tensor]:
     return lineate.load(run / "model").state_dict()
 
@@ -115,8 +125,18 @@ def test_a_flow_of_pixels_from_nothing_and_its_conversions(tmp_path: Path, data:
     assert not arguments["learn_sigma"]
     done(*scratch, "--out", tmp_path / "again")
     assert all(torch.equal(tensor, weights(tmp_path / "again")[name]) for name, tensor in weights(host).items())
-    # A trained host is a source like any other; a scheme of inheritance, and nothing but the new parameters learning.
-    done(host / "model", *common, "--set", "inherit=mlp", "--set", "train.protocol=freeze", "--out", tmp_path / "mlp")
+    # It says that it learned a velocity: nothing asks it for noise, nor teaches it that.
+    assert "the model learned flow, and ddpm is another objective" in refused(
+        host, "--data", data, *QUICK, "--out", tmp_path / "x"
+    )
+    assert sampled(host, tmp_path / "own") == ("flow", (3, 16, 16))
+    assert sampled(host, tmp_path / "wide", "--size", "16x24") == ("flow", (3, 16, 24))
+    with pytest.raises(AssertionError, match="the model learned flow, not what ddim asks; choices: flow"):
+        sampled(host, tmp_path / "no", "--scheduler", "ddim")
+    # A trained host is a source like any other; a scheme of inheritance, nothing but the new parameters learning, another size.
+    other = ("--cache", tmp_path / "larger", "--image-size", 24, "--set", "inherit=mlp", "--set", "train.protocol=freeze")
+    done(host, *common, *other, "--out", tmp_path / "mlp")
+    assert sampled(tmp_path / "mlp", tmp_path / "larger-drawn") == ("flow", (3, 24, 24))
     converted = record(lineate.load(tmp_path / "mlp" / "model"))
     assert converted.conversion.inherit == "mlp" and "blocks.0.attn.qkv.weight" in converted.names("new")
     state, before = weights(tmp_path / "mlp"), weights(host)

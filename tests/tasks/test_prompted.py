@@ -117,6 +117,11 @@ def test_recipes_are_table_9() -> None:
         (("--prompt", "a cross", "--size", "big"), "--size takes pixels like 1024"),
         (("--prompts", "nowhere.jsonl"), "nowhere.jsonl cannot be read"),
         (("--classes", "1"), "no model; give RUN, or --prompt TEXT"),
+        (("--prompt", "a cross", "--scheduler", "ddim"), "--scheduler is for classes, not for texts"),
+        (("--prompt", "a cross", "--all-channels"), "--all-channels is for classes, not for texts"),
+        (("--prompt", "a cross", "--size", "33"), "no pictures of 33x33 px; choices: sides that are multiples of 8, up to 64"),
+        (("--prompt", "a cross", "--size", "32x128"), "no pictures of 32x128 px"),
+        (("--prompt", "a cross", "--precision", "int8"), "unknown precision 'int8'; choices: fp32, bf16, fp16"),
     ],
 )
 def test_generate_refuses_in_one_line(tmp_path: Path, arguments: tuple[str, ...], reason: str) -> None:

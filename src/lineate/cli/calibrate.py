@@ -13,7 +13,6 @@ from lineate.cli.options import (
     AllChannels,
     Config,
     Device,
-    Guidance,
     ImageSize,
     Out,
     Overwrite,
@@ -22,19 +21,28 @@ from lineate.cli.options import (
     Seed,
     Set,
     SourceArgument,
-    Steps,
     settings,
 )  # fmt: skip
 from lineate.cli.terminal import Screen, screen
 
+# What each kind of source is told beside the conversion; the first is needed where it is a folder or a file.
+CLASSIFIER, DENOISER, PIPELINE = "a classifier", "a denoiser of classes", "a text-to-image pipeline"
+TOLD = {
+    CLASSIFIER: ("--images", "--image-size"),
+    DENOISER: ("--scheduler", "--steps", "--guidance", "--all-channels"),
+    PIPELINE: ("--prompts", "--steps", "--guidance", "--image-size"),
+}
+NEEDED = {CLASSIFIER: "--images DIR, photographs", PIPELINE: "--prompts FILE, texts to draw"}
+
 
 def calibrate(
     source: SourceArgument, out: Out,
-    images: Annotated[Path | None, typer.Option(metavar="DIR", help="Photographs, no labels; not for a denoiser.")] = None,
+    images: Annotated[Path | None, typer.Option(metavar="DIR", help="Photographs, no labels, for a classifier.")] = None,
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Texts to draw, for a text-to-image pipeline.")] = None,
-    preset: Preset = None, config: Config = None, set_: Set = None, image_size: ImageSize = None, scheduler: Scheduler = "ddim",
-    steps: Steps = 50, guidance: Guidance = 1.5, all_channels: AllChannels = False, seed: Seed = None,
-    overwrite: Overwrite = False, device: Device = "cpu",
+    preset: Preset = None, config: Config = None, set_: Set = None, image_size: ImageSize = None, scheduler: Scheduler = None,
+    steps: Annotated[int | None, typer.Option(help="Of sampling (default: 50; of texts 28).")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Of sampling; 1 is none (default: 1.5; of texts 3.5).")] = None,
+    all_channels: AllChannels = False, seed: Seed = None, overwrite: Overwrite = False, device: Device = "cpu",
 ) -> None:  # fmt: skip
     """Fit a converted model, or SOURCE converted here, to its own softmax attention, and save, with a run.json beside it.
 
@@ -43,34 +51,28 @@ def calibrate(
     """
     from lineate import runs, save
     from lineate.checkpoint import RUN, check_target
-    from lineate.generation.classes import Sampling
     from lineate.linearize import describe, tensor_counts
-    from lineate.settings import SettingsError
-    from lineate.sources import is_denoiser
-    from lineate.text2image.pipelines import is_pipeline
 
     asked = settings(source, preset, config, set_, seed)
     check_target(out.resolve(), overwrite)
     place, size = runs.find_device(device), image_size if image_size is not None else asked.image_size
-    draws = is_pipeline(source)
-    denoises = draws or is_denoiser(source)
-    if draws is (prompts is None):
-        raise SettingsError("give --prompts FILE, texts to draw" if draws else "--prompts is for text-to-image pipelines")
-    if denoises is not (images is None):
-        raise SettingsError(
-            "a denoiser is calibrated along its own sampling, without --images" if denoises else "give --images DIR"
-        )
+    kind = _kind(source)
+    _check_told(kind, {
+        "--images": images, "--prompts": prompts, "--image-size": image_size, "--scheduler": scheduler, "--steps": steps,
+        "--guidance": guidance, "--all-channels": all_channels or None,
+    })  # fmt: skip
+    said = {"steps": steps, "guidance": guidance, "scheduler": scheduler, "seed": asked.calibration.seed}
+    chosen: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
     with screen() as shown:
         shown.say(f"loading {source}")
         if prompts is not None:
-            chosen = {"steps": steps, "guidance": guidance, "seed": asked.calibration.seed}
+            chosen |= {"size": (size, size)} if size is not None else {}
             model, result, drawn = _along_prompts(source, asked, prompts, chosen, place, shown)
             used, counts = {"sampling": drawn}, {"calibration": result.images}
-        elif denoises:
-            fields = {"scheduler": scheduler, "steps": steps, "guidance": guidance, "seed": asked.calibration.seed}
-            sampling = Sampling.model_validate(fields | {"guided_channels": None if all_channels else 3})
-            model, result = _along_sampling(source, asked, sampling, place, shown)
-            used, counts = {"sampling": sampling.model_dump(mode="json")}, {"calibration": result.images}
+        elif kind == DENOISER:
+            chosen |= {"guided_channels": None if all_channels else 3}
+            model, result, drawn = _along_sampling(source, asked, chosen, place, shown)
+            used, counts, size = {"sampling": drawn}, {"calibration": result.images}, None
         else:
             assert images is not None
             model, result, size, counts = _on_photographs(source, asked, images, size, device, shown)
@@ -84,6 +86,23 @@ def calibrate(
         table.add_row(site, f"{error.before:.3f}", f"{error.after:.3f}")
     Console().print(table)
     typer.echo(f"model: {saved}")
+
+
+def _kind(source: str) -> str:
+    from lineate.sources import is_denoiser
+    from lineate.text2image.pipelines import is_pipeline
+
+    return PIPELINE if is_pipeline(source) else DENOISER if is_denoiser(source) else CLASSIFIER
+
+
+def _check_told(kind: str, given: dict[str, Any]) -> None:
+    """Raise `SettingsError` for an option that means nothing to this kind of source, and for one that is missing."""
+    from lineate.settings import SettingsError
+
+    if vain := next((name for name, value in given.items() if value is not None and name not in TOLD[kind]), None):
+        raise SettingsError(f"{vain} means nothing to {kind}; choices: {', '.join(TOLD[kind])}")
+    if kind in NEEDED and given[TOLD[kind][0]] is None:
+        raise SettingsError(f"{kind} is calibrated on something; give {NEEDED[kind]}")
 
 
 def _on_photographs(source: str, asked: Any, images: Path, size: int | None, device: str, shown: Screen) -> tuple[Any, ...]:
@@ -104,23 +123,27 @@ def _on_photographs(source: str, asked: Any, images: Path, size: int | None, dev
     return pair.converted, result, pair.source.image_size, counts
 
 
-def _along_sampling(source: str, asked: Any, sampling: Any, place: Any, shown: Screen) -> tuple[Any, ...]:
-    """The model, fitted on calls of its original, and what fitting gave."""
+def _along_sampling(source: str, asked: Any, chosen: dict[str, Any], place: Any, shown: Screen) -> tuple[Any, ...]:
+    """The model, fitted on calls of its original; what fitting gave; and how it sampled."""
     from lineate import convert
     from lineate.calibrate import calibrate as fit
     from lineate.checkpoint import original_of
-    from lineate.generation.classes import denoiser, trajectory
+    from lineate.generation.classes import Sampling, denoiser, remember, trajectory
     from lineate.sources import load_denoiser
 
     model = load_denoiser(source).to(place)
     converted = getattr(model, "lineate_record", None) is not None
     original = denoiser(original_of(model) if converted else model)
+    usual = {"scheduler": original.scheduler("ddim"), "steps": 50, "guidance": original.default_guidance}
+    sampling = Sampling.model_validate(usual | chosen)
     shown.say(f"drawing {asked.calibration.pool} examples along the original's sampling")
     examples = trajectory(original, sampling, asked.calibration.pool, progress=shown.progress)
     if not converted:
         convert(model, asked.conversion)
+    if sampling.scheduler == "flow":  # said, or known before
+        remember(model, "flow")
     shown.say(f"calibrating on {len(examples)} examples")
-    return model, fit(model, examples, config=asked.calibration, progress=shown.progress)
+    return model, fit(model, examples, config=asked.calibration, progress=shown.progress), sampling.model_dump(mode="json")
 
 
 def _along_prompts(source: str, asked: Any, file: Path, chosen: dict[str, Any], place: Any, shown: Screen) -> tuple[Any, ...]:
@@ -129,7 +152,7 @@ def _along_prompts(source: str, asked: Any, file: Path, chosen: dict[str, Any], 
     from lineate.calibrate import calibrate as fit
     from lineate.checkpoint import original_of
     from lineate.generation.prompted import PromptSampling, prompts_in, trajectory
-    from lineate.text2image.pipelines import load_pipeline
+    from lineate.text2image.pipelines import load_pipeline, put_aside
 
     texts, sampling = [prompt.prompt for prompt in prompts_in(file)], PromptSampling.model_validate(chosen)
     pipe = load_pipeline(source).to(place)
@@ -138,6 +161,7 @@ def _along_prompts(source: str, asked: Any, file: Path, chosen: dict[str, Any], 
     pipe.transformer = original_of(model) if converted else model
     shown.say(f"drawing texts with the original, to take {asked.calibration.pool} examples on the way")
     examples = trajectory(pipe, texts, sampling, asked.calibration.pool, progress=shown.progress)
+    put_aside(pipe)
     if not converted:
         convert(model, asked.conversion)
     shown.say(f"calibrating on {len(examples)} examples")

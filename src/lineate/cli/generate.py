@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lineate.cli.options import AllChannels, Scheduler
-from lineate.cli.prompts import draw_prompts
+from lineate.cli.prompts import draw_prompts, find_precision, parse_size
 from lineate.cli.terminal import screen
 
 MOST_COLUMNS = 16
@@ -27,17 +27,20 @@ def generate(
     number: Annotated[
         int | None, typer.Option(min=1, help="How many pictures (default: 4 of each of --classes, or 16); of texts, of each: 4.")
     ] = None,
-    scheduler: Scheduler = "ddpm",
+    scheduler: Scheduler = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the scheduler (default: 250; of texts 28).")] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Of classifier-free guidance; 1 is none (default: 4; of texts 3.5)")
     ] = None,
-    size: Annotated[str | None, typer.Option(metavar="PX", help="Of texts, 1024 or 768x1280 (default: the model's own).")] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="PX", help="1024, or height x width, 768x1280 (default: the model's own).")
+    ] = None,
     all_channels: AllChannels = False,
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at a time, in each process.")] = 16,
     vae: Annotated[Path | None, typer.Option(metavar="DIR", help="diffusers' AutoencoderKL, for a model of latents.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --grid.")] = False,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 (default: fp32; of texts on a GPU bf16).")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Pictures of classes, or of texts with --prompt or --prompts; with --out on many GPUs: accelerate launch -m lineate ..."""
@@ -47,7 +50,7 @@ def generate(
     from lineate.generation.classes import generate as make
     from lineate.generation.classes import grid as together
     from lineate.sources import load_denoiser
-    from lineate.text2image.autoencoder import GenerateError, load_autoencoder
+    from lineate.text2image.autoencoder import GenerateError, load_autoencoder, pixels_a_latent
 
     if grid is None and out is None:
         raise GenerateError("nothing to write; choices: --grid FILE.png, --out DIR, or both")
@@ -57,27 +60,32 @@ def generate(
             raise GenerateError(
                 "--prompt TEXT, --prompts FILE and --classes N,... are three ways to say what; --vae is for classes"
             )
+        if scheduler is not None or all_channels:
+            raise GenerateError(f"{'--scheduler' if scheduler is not None else '--all-channels'} is for classes, not for texts")
         draw_prompts(
             run or "shapes", prompt or (), prompts, out=out, grid=grid, images=number or 4, size=size, batch=batch, device=device,
-            steps=steps, guidance=guidance, seed=seed,
+            precision=precision, steps=steps, guidance=guidance, seed=seed,
         )  # fmt: skip
         return
-    if run is None or size is not None:
-        raise GenerateError("--size is for texts" if run else "no model; give RUN, or --prompt TEXT for the stand-in's pictures")
-    asked = {"scheduler": scheduler, "steps": steps or 250, "guidance": 4.0 if guidance is None else guidance, "seed": seed}
-    sampling = Sampling.model_validate(asked | {"guided_channels": None if all_channels else 3})
-    place = runs.find_device(device)
+    if run is None:
+        raise GenerateError("no model; give RUN, or --prompt TEXT for the stand-in's pictures")
+    asked = {"scheduler": scheduler, "steps": steps, "guidance": guidance}
+    said = {name: value for name, value in asked.items() if value is not None}
+    place, dtype, sides = runs.find_device(device), find_precision(precision or "fp32"), parse_size(size)
     shared = processes(place)
     if shared is not None and out is None:
         raise GenerateError("several processes need --out, a folder that all of them write into")
     place, first = (place, True) if shared is None else (shared.device, shared.is_main_process)
     with screen() as shown, tempfile.TemporaryDirectory() as scratch:
-        model = denoiser(load_denoiser(run).to(place))
+        autoencoder = load_autoencoder(vae, place) if vae is not None else None
+        model = denoiser(load_denoiser(run).to(place, dtype), _latents(sides, pixels_a_latent(autoencoder)))
+        usual = {"scheduler": model.scheduler("ddpm"), "steps": 250, "guidance": 4.0 if model.null is not None else 1.0}
+        fields = usual | said | {"seed": seed, "guided_channels": None if all_channels else 3}
         chosen = _numbers(classes) if classes is not None else list(range(model.classes))
         count = number or (4 * len(chosen) if classes is not None else 16)
         files = make(
-            model, out or Path(scratch), sampling, classes=chosen, number=count, batch=batch, accelerator=shared,
-            vae=load_autoencoder(vae, place) if vae is not None else None, progress=shown.progress if first else None,
+            model, out or Path(scratch), Sampling.model_validate(fields), classes=chosen, number=count, batch=batch,
+            accelerator=shared, vae=autoencoder, progress=shown.progress if first else None,
         )  # fmt: skip
         if grid is not None and first:
             grid.parent.mkdir(parents=True, exist_ok=True)
@@ -85,6 +93,17 @@ def generate(
             together(files, columns).save(grid)
     if first:
         typer.echo("; ".join(f"{what}: {path}" for what, path in (("pictures", out), ("grid", grid)) if path is not None))
+
+
+def _latents(size: tuple[int, int] | None, factor: int) -> tuple[int, int] | None:
+    """The size of the latents of pictures of `size` px. Raises `GenerateError` where they have none."""
+    from lineate.text2image.autoencoder import GenerateError
+
+    if size is None:
+        return None
+    if size[0] % factor or size[1] % factor:
+        raise GenerateError(f"--size: the autoencoder makes sides that are multiples of {factor} px, got {size[0]}x{size[1]}")
+    return size[0] // factor, size[1] // factor
 
 
 def _numbers(text: str) -> list[int]:

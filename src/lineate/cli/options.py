@@ -39,9 +39,9 @@ Recipe = Annotated[
 ]
 Epochs = Annotated[float | None, typer.Option(metavar="N", help="Epochs, with the recipe's warm-up in proportion.")]
 
-Scheduler = Annotated[str, typer.Option(help="ddpm, ddim, or flow for a model that learned a velocity.")]
-Steps = Annotated[int, typer.Option(help="Steps of the scheduler.")]
-Guidance = Annotated[float, typer.Option(help="Strength of classifier-free guidance; 1 is none.")]
+Scheduler = Annotated[
+    str | None, typer.Option(help="Of classes: ddpm, ddim, or flow for a velocity (default: for what the model learned).")
+]
 AllChannels = Annotated[
     bool, typer.Option("--all-channels", help="Guide every channel; default: the first 3, as DiT's sampler does.")
 ]

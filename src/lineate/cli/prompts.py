@@ -6,11 +6,14 @@ import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from lineate.cli.terminal import screen
+
+if TYPE_CHECKING:
+    import torch
 
 
 def draw_prompts(
@@ -24,11 +27,10 @@ def draw_prompts(
     size: str | None,
     batch: int,
     device: str,
+    precision: str | None,
     **asked: Any,
 ) -> None:
     """Draw every text, or every prompt of the file, `images` times; `asked` are the fields of `PromptSampling` that were said."""
-    import torch
-
     from lineate import runs
     from lineate.evaluate.top1 import processes
     from lineate.generation.classes import grid as together
@@ -38,14 +40,14 @@ def draw_prompts(
 
     prompts = plain_prompts(texts) if file is None else prompts_in(file)
     said = {name: value for name, value in asked.items() if value is not None}
-    sampling = PromptSampling.model_validate(said | {"size": _size(size)})
+    sampling = PromptSampling.model_validate(said | {"size": parse_size(size)})
     place = runs.find_device(device)
     shared = processes(place)
     if shared is not None and out is None:
         raise GenerateError("several processes need --out, a folder that all of them write into")
     place, first = (place, True) if shared is None else (shared.device, shared.is_main_process)
     with screen() as shown, tempfile.TemporaryDirectory() as scratch:
-        pipe = load_pipeline(source, torch.bfloat16 if place.type == "cuda" else torch.float32).to(place)
+        pipe = load_pipeline(source, find_precision(precision or ("bf16" if place.type == "cuda" else "fp32"))).to(place)
         files = generate_prompts(
             pipe, prompts, out or Path(scratch), sampling, images=images, batch=batch, accelerator=shared,
             progress=shown.progress if first else None,
@@ -57,7 +59,19 @@ def draw_prompts(
         typer.echo("; ".join(f"{what}: {path}" for what, path in (("pictures", out), ("grid", grid)) if path is not None))
 
 
-def _size(text: str | None) -> tuple[int, int] | None:
+def find_precision(name: str) -> torch.dtype:
+    """The type that a name stands for. Raises `GenerateError`."""
+    import torch
+
+    from lineate.text2image.autoencoder import GenerateError
+
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name not in types:
+        raise GenerateError(f"unknown precision {name!r}; choices: {', '.join(types)}")
+    return types[name]
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
     """Height and width of "1024" or "768x1280". Raises `GenerateError`."""
     from lineate.text2image.autoencoder import GenerateError
 

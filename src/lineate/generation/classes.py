@@ -5,6 +5,8 @@
     flow   x ← x + u_θ(x, t, y)/steps from t = 0 to 1: Euler's method, for models that learned a velocity
     guidance   out = out_∅ + w·(out_y - out_∅); w = 1 asks for the class alone
 
+What a DiT learned, noise or a velocity, and at which size, it keeps (`remember`); to sample it as the other is refused.
+
 DiT's three-channel quirk: its sampler guides the first 3 of 4 latent channels, and what it published was made so; the fourth
 channel and the variance are those of the class alone. `guided_channels` None guides all C, and still not the variance.
 
@@ -24,13 +26,14 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lineate.calls import Call, listening
+from lineate.convert import ConversionRecord
 from lineate.evaluate import Progress, evaluating
 from lineate.images import open_image
 from lineate.mixers.base import Frozen
@@ -65,7 +68,8 @@ class Sampling(Frozen):
 class Denoiser:
     """A model (x, t, y) -> C or 2C channels with what it makes, (C, h, w), of `classes` classes; `null` is the label for none.
 
-    `learned` says whether it gives a variance; `null` is None where the model knows no such label.
+    `learned` says whether it gives a variance; `null` is None where the model knows no such label, and `objective`, "ddpm" for
+    noise or "flow" for a velocity, where it does not say what it learned.
     """
 
     model: nn.Module
@@ -73,14 +77,31 @@ class Denoiser:
     classes: int
     learned: bool
     null: int | None
+    objective: str | None = None
+
+    @property
+    def default_guidance(self) -> float:
+        """What is asked for where nothing is said, along a trajectory: the paper's, or none where there is no null label."""
+        return 1.5 if self.null is not None else 1.0
+
+    def scheduler(self, of_noise: str) -> str:
+        """The scheduler for what was learned: flow for a velocity, and `of_noise` for noise, or where that is not known."""
+        return "flow" if self.objective == "flow" else of_noise
 
 
-def denoiser(model: nn.Module) -> Denoiser:
-    """`model` as what can be sampled: this project's DiT or diffusers'. Raises `GenerateError` for any other."""
+def denoiser(model: nn.Module, size: tuple[int, int] | None = None) -> Denoiser:
+    """`model` as what can be sampled: this project's DiT or diffusers', at `size` of its latents or the one it learned last.
+
+    Raises `GenerateError` for any other model, and for a size that it cannot have.
+    """
     if isinstance(model, DiT):
         of = model.arguments
         null = of["num_classes"] if of["class_dropout_prob"] > 0 else None
-        return Denoiser(model, (of["in_channels"], *of["input_size"]), of["num_classes"], of["learn_sigma"], null)
+        height, width = size or of["sample_size"] or of["input_size"]
+        if height < 1 or width < 1 or height % model.patch_size or width % model.patch_size:
+            raise GenerateError(f"latents of {height}x{width} are no multiples of the patch of {model.patch_size}")
+        made = (of["in_channels"], height, width)
+        return Denoiser(model, made, of["num_classes"], of["learn_sigma"], null, of["objective"])
     config: Any = getattr(model, "config", None)
     classes = getattr(config, "num_embeds_ada_norm", None)
     if classes is None or not hasattr(config, "sample_size") or getattr(config, "norm_type", "") != "ada_norm_zero":
@@ -88,7 +109,32 @@ def denoiser(model: nn.Module) -> Denoiser:
             f"{type(model).__name__} is no class-conditional denoiser; choices: DiT, diffusers' DiTTransformer2DModel"
         )
     channels, side = config.in_channels, config.sample_size
+    if size not in (None, (side, side)):
+        raise GenerateError(f"a {type(model).__name__} draws at its own size alone, latents of {side}x{side}; got {size}")
     return Denoiser(model, (channels, side, side), classes, (config.out_channels or channels) == 2 * channels, classes)
+
+
+def remember(model: nn.Module, objective: str, size: tuple[int, int] | None = None) -> None:
+    """Keep in a denoiser, converted or not, what it learns from now on and at which size of its latents.
+
+    Raises `GenerateError` where it says that it learned otherwise, or is diffusers' and so cannot keep it.
+    """
+    found = denoiser(model)
+    if found.objective not in (None, objective):
+        raise GenerateError(
+            f"the model learned {found.objective}, and {objective} is another objective; choices: train.denoise.objective="
+            f"{found.objective}, or the model from before"
+        )
+    if isinstance(model, DiT):
+        model.arguments |= {"objective": objective} | ({"sample_size": list(size)} if size is not None else {})
+        if isinstance(done := getattr(model, "lineate_record", None), ConversionRecord):
+            host = {"arguments": dict(model.arguments)}
+            cast(Any, model).lineate_record = done.model_copy(update={"host": host})
+    elif objective != "ddpm" or size not in (None, found.shape[1:]):
+        raise GenerateError(
+            f"a {type(model).__name__} cannot keep that it learned {objective} at {size}; choices: ddpm at {found.shape[1:]}, or "
+            "dit:NAME@FOLDER, which makes it a DiT of this project"
+        )
 
 
 def make_scheduler(sampling: Sampling, learned: bool) -> Any:
@@ -118,8 +164,8 @@ def guided(with_class: Tensor, without: Tensor, strength: float, channels: int) 
 
 @torch.inference_mode()
 def sample(made_by: Denoiser, labels: Sequence[int], seeds: Sequence[int], sampling: Sampling) -> Tensor:
-    """(B, C, h, w) fp32: what the model makes of these labels, one seed each. Raises `GenerateError` if it cannot be guided."""
-    _check_guidance(made_by, sampling)
+    """(B, C, h, w) fp32: what the model makes of these labels, one seed each. Raises `GenerateError` if it did not learn that."""
+    _check_sampling(made_by, sampling)
     from diffusers.utils.torch_utils import randn_tensor
 
     reference = next(made_by.model.parameters())
@@ -141,7 +187,7 @@ def sample(made_by: Denoiser, labels: Sequence[int], seeds: Sequence[int], sampl
 def trajectory(
     made_by: Denoiser, sampling: Sampling, count: int, *, batch: int = 16, progress: Progress | None = None
 ) -> list[Call]:
-    """`count` calls of the model, one example each, as sampling makes them: to calibrate on, see `lineate.calibrate`.
+    """`count` calls of the model, one example each and in host memory, as sampling makes them, for `lineate.calibrate`.
 
     Classes are drawn evenly. Of every picture `KEPT_STEPS` steps are kept, drawn evenly from all; with guidance those of no class
     are among them. All follows from the sampling's seed.
@@ -155,7 +201,7 @@ def trajectory(
         heard: list[Call] = []
         with listening([made_by.model], heard.append):
             sample(made_by, labels, seeds, sampling)
-        kept += [single for step in steps for single in heard[step].each()]
+        kept += [single.to("cpu") for step in steps for single in heard[step].each()]
         if progress is not None:
             progress(min(len(kept), count), count, "sampling")
     return [kept[index] for index in torch.randperm(len(kept), generator=draw)[:count].tolist()]
@@ -196,7 +242,7 @@ def generate(
     Raises `GenerateError`, also if `out` holds pictures made otherwise.
     """
     _check(made_by, classes, number, batch, vae)
-    _check_guidance(made_by, sampling)
+    _check_sampling(made_by, sampling)
     about = {"sampling": sampling.model_dump(mode="json"), "classes": list(classes), "model": fingerprint(made_by.model)}
     claim(out, about | {"autoencoder": fingerprint(vae) if vae is not None else None})
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
@@ -243,7 +289,11 @@ def read(file: Path) -> Tensor:
     return found
 
 
-def _check_guidance(made_by: Denoiser, sampling: Sampling) -> None:
+def _check_sampling(made_by: Denoiser, sampling: Sampling) -> None:
+    """Raise `GenerateError` for a scheduler or a guidance that the model did not learn."""
+    if made_by.objective is not None and (made_by.objective == "flow") != (sampling.scheduler == "flow"):
+        choices = "flow" if made_by.objective == "flow" else "ddpm, ddim"
+        raise GenerateError(f"the model learned {made_by.objective}, not what {sampling.scheduler} asks; choices: {choices}")
     if made_by.null is None and sampling.guidance != 1:
         raise GenerateError(f"guidance {sampling.guidance:g} needs a model with a null label; choices here: 1")
 

@@ -20,7 +20,7 @@ from lineate.calls import Call, listening
 from lineate.evaluate import Progress
 from lineate.generation.classes import KEPT_STEPS, claim, write_picture
 from lineate.mixers.base import Frozen
-from lineate.text2image.autoencoder import fingerprint, to_bytes
+from lineate.text2image.autoencoder import GenerateError, fingerprint, to_bytes
 from lineate.text2image.prompts import Prompt, read_prompts, sample_file, write_layout
 from lineate.text2image.texts import encode_texts, quietly
 from lineate.train.randomness import IMAGE, TRAJECTORY, derive
@@ -49,8 +49,21 @@ def prompts_in(file: Path) -> list[Prompt]:
     return plain_prompts(lines) if lines and not lines[0].startswith("{") else read_prompts(file)
 
 
+def check_size(pipe: Any, size: tuple[int, int] | None) -> None:
+    """Raise `GenerateError` for pictures whose tokens are no whole ones, or lie beyond the transformer's table of positions."""
+    stride = pipe.vae_scale_factor * pipe.patch_size
+    most = pipe.transformer.config.pos_embed_max_size * stride
+    if size is not None and any(side % stride or not stride <= side <= most for side in size):
+        raise GenerateError(f"no pictures of {size[0]}x{size[1]} px; choices: sides that are multiples of {stride}, up to {most}")
+
+
 def draw(pipe: Any, texts: Sequence[str], seeds: Sequence[int], sampling: PromptSampling) -> Tensor:
     """(B, 3, h, w) in [-1, 1]: one picture of each text, from its seed."""
+    return 2 * _ask(pipe, texts, seeds, sampling, "pt") - 1
+
+
+def _ask(pipe: Any, texts: Sequence[str], seeds: Sequence[int], sampling: PromptSampling, kind: str) -> Tensor:
+    """What the pipeline makes: pictures ("pt"), or latents, which pass the autoencoder by ("latent")."""
     distinct = ["", *dict.fromkeys(texts)]
     text, pooled = encode_texts(pipe, distinct)
     said = [distinct.index(text) for text in texts]
@@ -61,19 +74,20 @@ def draw(pipe: Any, texts: Sequence[str], seeds: Sequence[int], sampling: Prompt
             prompt_embeds=text[said], pooled_prompt_embeds=pooled[said],
             negative_prompt_embeds=text[[0] * len(said)], negative_pooled_prompt_embeds=pooled[[0] * len(said)],
             num_inference_steps=sampling.steps, guidance_scale=sampling.guidance, height=height, width=width,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds], output_type="pt",
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds], output_type=kind,
         ).images  # fmt: skip
-    return 2 * found - 1
+    return found
 
 
 def trajectory(
     pipe: Any, texts: Sequence[str], sampling: PromptSampling, count: int, *, batch: int = 16, progress: Progress | None = None
 ) -> list[Call]:
-    """`count` calls of the transformer, one example each, as drawing the texts makes them: to calibrate on.
+    """`count` calls of the transformer, one example each and in host memory, as drawing the texts makes them: to calibrate on.
 
     Texts come in turn. Of every picture `KEPT_STEPS` steps are kept, drawn evenly from all, with both halves of guidance. All
     follows from the sampling's seed.
     """
+    check_size(pipe, sampling.size)
     dice = torch.Generator().manual_seed(derive(TRAJECTORY, sampling.seed))
     kept: list[Call] = []
     first = 0
@@ -82,9 +96,9 @@ def trajectory(
         seeds = torch.randint(2**62, (batch,), generator=dice).tolist()
         heard: list[Call] = []
         with listening([pipe.transformer], heard.append):
-            draw(pipe, some, seeds, sampling)
+            _ask(pipe, some, seeds, sampling, "latent")
         for step in torch.randperm(len(heard), generator=dice)[:KEPT_STEPS].tolist():
-            kept += heard[step].each()
+            kept += (call.to("cpu") for call in heard[step].each())
         first += batch
         if progress is not None:
             progress(min(len(kept), count), count, "drawing")
@@ -105,8 +119,9 @@ def generate_prompts(
     """Write `images` pictures of each prompt into `out`, laid out as GenEval's; those that are there from before are kept.
 
     `accelerator` is an `accelerate.Accelerator` or `PartialState` where several processes share the work. All files are there
-    when this returns. Raises `GenerateError` if `out` holds pictures made otherwise.
+    when this returns. Raises `GenerateError` if `out` holds pictures made otherwise, and for a size that cannot be had.
     """
+    check_size(pipe, sampling.size)
     claim(out, {
         "sampling": sampling.model_dump(mode="json"), "prompts": [prompt.prompt for prompt in prompts],
         "model": fingerprint(pipe.transformer), "autoencoder": fingerprint(pipe.vae),

@@ -149,6 +149,9 @@ class DiT(nn.Module):
 
     `input_size` of the latents is (h, w) or a side; with `learn_sigma` the output has two channels for each of the input's, the
     second half for the variance. Without `class_dropout_prob` there is no null label.
+
+    Two arguments change nothing here; they are kept for whoever samples: `objective`, what the output means, "ddpm" the noise or
+    "flow" a velocity, and `sample_size`, the latents that the model was trained on last, where those are not its `input_size`.
     """
 
     def __init__(
@@ -163,6 +166,8 @@ class DiT(nn.Module):
         class_dropout_prob: float = 0.1,
         num_classes: int = 1000,
         learn_sigma: bool = True,
+        objective: str | None = None,
+        sample_size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         height, width = size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
@@ -181,6 +186,8 @@ class DiT(nn.Module):
             "class_dropout_prob": class_dropout_prob,
             "num_classes": num_classes,
             "learn_sigma": learn_sigma,
+            "objective": objective,
+            "sample_size": list(sample_size) if sample_size is not None else None,
         }
         self.grid = (height // patch_size, width // patch_size)
         self.patch_size, self.out_channels = patch_size, 2 * in_channels if learn_sigma else in_channels

@@ -8,10 +8,10 @@ from typing import Any
 from lineate.convert import Conversion, convert
 from lineate.data import check_classes, open_data
 from lineate.evaluate import Progress
-from lineate.generation.classes import denoiser
+from lineate.generation.classes import denoiser, remember
 from lineate.sources import load_denoiser
 from lineate.tasks.base import Say, Task, TrainPlan
-from lineate.text2image.autoencoder import GenerateError, load_autoencoder
+from lineate.text2image.autoencoder import GenerateError, load_autoencoder, pixels_a_latent
 from lineate.train import TrainError
 from lineate.train.config import Distill
 from lineate.train.data import Ordered
@@ -48,6 +48,9 @@ class Denoising(Task):
         if getattr(model, "lineate_record", None) is None:
             model = convert(model, plan.conversion or Conversion())
         self.model, self.name, self.made_by = model, plan.source, denoiser(model)
+        side = self.image_size // self._factor
+        self.made_by = denoiser(model, (side, side))
+        remember(model, plan.train.denoise.objective, (side, side))
         check_classes(self.data, self.made_by.classes)
         channels = self.made_by.shape[0]
         if channels != self._channels:
@@ -76,8 +79,7 @@ class Denoising(Task):
 
     @property
     def _factor(self) -> int:
-        """Pixels a latent, either way."""
-        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return pixels_a_latent(self.vae)
 
     @property
     def image_size(self) -> int:

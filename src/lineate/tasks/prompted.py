@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from torch import nn
 
 from lineate import checkpoint
@@ -13,15 +12,13 @@ from lineate.convert import Conversion, convert
 from lineate.evaluate import Progress
 from lineate.tasks.base import Say, Task, TrainPlan
 from lineate.text2image.captioned import open_captioned
-from lineate.text2image.pipelines import load_pipeline
+from lineate.text2image.pipelines import encoders, load_pipeline, put_aside
 from lineate.train import TrainError
 from lineate.train.config import Distill
 from lineate.train.data import Ordered
 from lineate.train.loop import Lesson
 from lineate.train.pairs import PairBatches, cache_pairs, check_unvaried
 from lineate.train.rectified import rectified_flow
-
-ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 class Prompted(Task):
@@ -64,14 +61,10 @@ class Prompted(Task):
         pipe, config = self.pipe, self.plan.train
         self.say(f"making {len(self.data)} captioned pictures ready in {self.folder}, as far as they are not")
         place = next(self.model.parameters()).device
-        parts: list[nn.Module] = [getattr(pipe, name) for name in ENCODERS if getattr(pipe, name) is not None]
-        for part in parts:
+        for part in encoders(pipe):
             part.to(place)
         cache_pairs(self.data, self.folder, pipe, side=self.image_size, accelerator=together, progress=progress)
-        for part in parts:  # none of them is asked again
-            part.cpu()
-        if place.type == "cuda":
-            torch.cuda.empty_cache()
+        put_aside(pipe)
         batches = PairBatches(self.folder, config)
         objective = rectified_flow(
             batches.empty, shift=float(pipe.scheduler.config.shift), dropout=config.denoise.dropout, teacher=self.teacher,

@@ -35,6 +35,11 @@ def load_autoencoder(folder: str | Path, device: torch.device | str = "cpu") -> 
     return model
 
 
+def pixels_a_latent(vae: Any) -> int:
+    """Pixels that a latent stands for, either way; 1 where there is no autoencoder."""
+    return 1 if vae is None else int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
 def scale_shift(vae: Any) -> tuple[float, float]:
     """The scale and shift of the latents; where the configuration names none, as the first ones had: 1 and 0."""
     return float(vae.config.scaling_factor or 1.0), float(vae.config.shift_factor or 0.0)

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lineate import checkpoint
 from lineate.convert import record
 from lineate.text2image.autoencoder import GenerateError
 from lineate.text2image.texts import quietly
 
+ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 STAND_IN, SHAPES = Path(__file__).parent / "standin", "shapes"
 FAMILY = "diffusers-sd3"
 PIPELINES = f"{SHAPES}, diffusers:NAME, a folder with model_index.json, a folder that lineate wrote"
@@ -57,6 +59,19 @@ def is_pipeline(source: str) -> bool:
     if (saved := checkpoint.saved_in(source)) is not None:
         return checkpoint.read_record(saved).family == FAMILY
     return source == SHAPES or source.startswith("diffusers:") or (bool(source) and (Path(source) / "model_index.json").is_file())
+
+
+def encoders(pipe: Any) -> list[nn.Module]:
+    """The autoencoder and the text encoders: all that stays as it is, whatever happens to the transformer."""
+    return [getattr(pipe, name) for name in ENCODERS if getattr(pipe, name) is not None]
+
+
+def put_aside(pipe: Any) -> None:
+    """Into host memory with what makes latents and embeddings, once it is not asked again: it is larger than the transformer."""
+    for part in encoders(pipe):
+        part.cpu()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _base(saved: Path) -> str:
