@@ -95,6 +95,13 @@ def sd3_pipeline(**changes: Any) -> StableDiffusion3Pipeline:
     return pipeline
 
 
+def aligned(model: Any) -> Any:
+    """`model`, its tensors copied: one mapped from a file may lie askew, and then products differ in their last bits."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter's gradient by name; the model's own are gone afterwards."""
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
