@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,20 @@ def aligned(model: Any) -> Any:
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     return model
+
+
+def softmax_twin(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> nn.Module:
+    """The model's identity conversion, which is it to the bit: in what `run` gives, in every gradient, in its tensors' names."""
+    from lineate.convert import convert
+
+    twin = convert(copy.deepcopy(model), "softmax")
+    found = []
+    for m in (model, twin):
+        out = run(m)
+        found.append((out, *torch.autograd.grad(out.square().sum(), tuple(m.parameters()), allow_unused=True)))
+    assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert twin.state_dict().keys() == model.state_dict().keys()
+    return twin
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

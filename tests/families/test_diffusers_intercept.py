@@ -18,6 +18,8 @@ from lineate.convert import Conversion, convert, core_modules, preset, record
 from lineate.families import UnsupportedModelError
 from lineate.layout import LayoutError, TokenLayout
 
+from ..tiny import softmax_twin
+
 HEADS = {"num_attention_heads": 3, "num_layers": 2}
 T5 = {"locality": "none"}
 
@@ -68,15 +70,8 @@ Maker = Callable[[], nn.Module]
 
 @hosts
 def test_identity_conversion_is_bit_identical_in_outputs_and_gradients(make: Maker) -> None:
-    model = make()
-    twin = convert(copy.deepcopy(model), "softmax")
+    twin = softmax_twin(make(), run)
     assert len(record(twin).sites) == (4 if make is flux else 2)
-    gradients = []
-    for m in (model, twin):
-        out = run(m)
-        gradients.append((out, *torch.autograd.grad(out.square().sum(), tuple(m.parameters()), allow_unused=True)))
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None)
-    assert twin.state_dict().keys() == model.state_dict().keys()
 
 
 @hosts

@@ -494,17 +494,22 @@ def test_reentrant_checkpointing_is_refused_with_the_remedy() -> None:
 # Compilation and precision -------------------------------------------------------------------------------------------------
 
 
+AHEAD = {"softmax", "t5-plus", "linear", "projqk", "hedgehog", "lit", "clear", "hyena-x"}  # of every kind of operator one
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("preset", "host"), [*((preset, "vit") for preset in PRESETS), ("t5", "dinov3"), ("t5", "rope-learned-by-block")]
 )
 def test_compiles_to_one_full_graph_for_several_grids(preset: str, host: str) -> None:
-    """aot_eager traces forward and backward and needs no C++ compiler."""
+    """aot_eager traces the backward pass too, for several times as long; neither needs a C++ compiler."""
     torch.compiler.reset()
     model = dynamic(preset, host).train()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for size in (SQUARE, WIDE, (40, 24)):
+    if host == "vit":
+        del model.blocks[1:]  # they would be traced as the first is
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if preset in AHEAD else "eager")
+    for size in (WIDE, (40, 24)):
         x = torch.randn(2, 3, *size)
         results = []
         for run in (model, compiled):

@@ -295,7 +295,7 @@ def test_another_run_is_not_resumed(tmp_path: Path, converted: Models, small: Sm
 
 @pytest.mark.slow
 def test_a_compiled_model_trains(tmp_path: Path, converted: Models, small: Small, train: Train, unchecked_shapes: None) -> None:
-    compiled, eager = converted(), converted()
+    compiled, eager = converted(depth=1), converted(depth=1)
     train(compiled, small(max_steps=2, compile=True), tmp_path / "compiled")
     train(eager, small(max_steps=2), tmp_path / "eager")
     for (name, a), b in zip(compiled.named_parameters(), eager.parameters(), strict=True):

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lineate.cli.options import AllChannels, Scheduler
+from lineate.cli.options import AllChannels, Scheduler, place_to_draw
 from lineate.cli.prompts import draw_prompts, find_precision, parse_size
 from lineate.cli.terminal import screen
 
@@ -45,7 +45,6 @@ def generate(
 ) -> None:
     """Pictures of classes, or of texts with --prompt or --prompts; with --out on many GPUs: accelerate launch -m lineate ..."""
     from lineate import runs
-    from lineate.evaluate.top1 import processes
     from lineate.generation.classes import Sampling, denoiser
     from lineate.generation.classes import generate as make
     from lineate.generation.classes import grid as together
@@ -71,11 +70,8 @@ def generate(
         raise GenerateError("no model; give RUN, or --prompt TEXT for the stand-in's pictures")
     asked = {"scheduler": scheduler, "steps": steps, "guidance": guidance}
     said = {name: value for name, value in asked.items() if value is not None}
-    place, dtype, sides = runs.find_device(device), find_precision(precision or "fp32"), parse_size(size)
-    shared = processes(place)
-    if shared is not None and out is None:
-        raise GenerateError("several processes need --out, a folder that all of them write into")
-    place, first = (place, True) if shared is None else (shared.device, shared.is_main_process)
+    dtype, sides = find_precision(precision or "fp32"), parse_size(size)
+    place, shared, first = place_to_draw(device, out)
     with screen() as shown, tempfile.TemporaryDirectory() as scratch:
         autoencoder = load_autoencoder(vae, place) if vae is not None else None
         model = denoiser(load_denoiser(run).to(place, dtype), _latents(sides, pixels_a_latent(autoencoder)))

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
     from lineate.convert import Conversion
     from lineate.settings import Settings
 
@@ -68,3 +71,17 @@ def converted_as(source: str) -> Conversion | None:
 
     conversion = read_record(saved).conversion if (saved := saved_in(source)) is not None else None
     return None if conversion is None or conversion.keeps_softmax else conversion
+
+
+def place_to_draw(device: str, out: Path | None) -> tuple[torch.device, Accelerator | None, bool]:
+    """The device, what the processes share if there are several, and whether this is the first of them, which alone speaks."""
+    from lineate import runs
+    from lineate.evaluate.top1 import processes
+    from lineate.text2image.autoencoder import GenerateError
+
+    shared = processes(place := runs.find_device(device))
+    if shared is None:
+        return place, None, True
+    if out is None:
+        raise GenerateError("several processes need --out, a folder that all of them write into")
+    return shared.device, shared, bool(shared.is_main_process)

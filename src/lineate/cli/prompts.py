@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from lineate.cli.options import place_to_draw
 from lineate.cli.terminal import screen
 
 if TYPE_CHECKING:
@@ -31,21 +32,14 @@ def draw_prompts(
     **asked: Any,
 ) -> None:
     """Draw every text, or every prompt of the file, `images` times; `asked` are the fields of `PromptSampling` that were said."""
-    from lineate import runs
-    from lineate.evaluate.top1 import processes
     from lineate.generation.classes import grid as together
     from lineate.generation.prompted import PromptSampling, generate_prompts, plain_prompts, prompts_in
-    from lineate.text2image.autoencoder import GenerateError
     from lineate.text2image.pipelines import load_pipeline
 
     prompts = plain_prompts(texts) if file is None else prompts_in(file)
     said = {name: value for name, value in asked.items() if value is not None}
     sampling = PromptSampling.model_validate(said | {"size": parse_size(size)})
-    place = runs.find_device(device)
-    shared = processes(place)
-    if shared is not None and out is None:
-        raise GenerateError("several processes need --out, a folder that all of them write into")
-    place, first = (place, True) if shared is None else (shared.device, shared.is_main_process)
+    place, shared, first = place_to_draw(device, out)
     with screen() as shown, tempfile.TemporaryDirectory() as scratch:
         pipe = load_pipeline(source, find_precision(precision or ("bf16" if place.type == "cuda" else "fp32"))).to(place)
         files = generate_prompts(

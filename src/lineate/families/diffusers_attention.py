@@ -21,16 +21,15 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0
 from torch import Tensor, nn
 
-from lineate.core import CoreAttention
-from lineate.families.base import GridTracker, Note, UnsupportedModelError
+from lineate.families.base import Note, UnsupportedModelError
+from lineate.families.converted import Converted
 from lineate.families.listener import Listener
 
 PLAIN = (AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0)
 FUSED = (AttnProcessor2_0, JointAttnProcessor2_0)  # those that call scaled_dot_product_attention
-OPTIONAL = ("norm_q", "norm_k", "add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k", "to_add_out")
 
 
-class ConvertedAttention(nn.Module):
+class ConvertedAttention(Converted):
     """diffusers' attention with its middle replaced: the host's children under their own names, and `core`."""
 
     to_q: nn.Module
@@ -45,17 +44,7 @@ class ConvertedAttention(nn.Module):
     norm_added_k: nn.Module | None
     to_out: nn.ModuleList
     to_add_out: nn.Module | None
-
-    def __init__(self, host: nn.Module, core: CoreAttention, tracker: GridTracker) -> None:
-        super().__init__()
-        for name, child in host.named_children():
-            self.add_module(name, child)
-        for name in OPTIONAL:
-            if not hasattr(self, name):
-                setattr(self, name, None)
-        self.core = core
-        self.tracker = tracker
-        self.train(host.training)
+    optional = ("norm_q", "norm_k", "add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k", "to_add_out")
 
     def forward(
         self,

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from lineate.core import CoreAttention
 from lineate.families.base import GridTracker
+from lineate.families.converted import Converted
 
 CONVERTIBLE = (Attention, EvaAttention, AttentionRope)
-OPTIONAL = ("qkv", "q_proj", "k_proj", "v_proj", "q_bias", "k_bias", "v_bias", "gate")  # None where the host has none
 
 
 def head_dim(attention: Any) -> int:
@@ -33,7 +33,7 @@ def head_dim(attention: Any) -> int:
     return int(attention.proj.in_features) // int(attention.num_heads)
 
 
-class ConvertedAttention(nn.Module):
+class ConvertedAttention(Converted):
     """An attention of `CONVERTIBLE` with its middle replaced: all that was the host's under its own names, and `core`."""
 
     qkv: nn.Module | None
@@ -49,24 +49,13 @@ class ConvertedAttention(nn.Module):
     gate: nn.Module | None
     proj: nn.Module
     proj_drop: nn.Module
+    optional = ("qkv", "q_proj", "k_proj", "v_proj", "q_bias", "k_bias", "v_bias", "gate")
 
     def __init__(self, host: Any, core: CoreAttention, tracker: GridTracker) -> None:
-        super().__init__()
+        super().__init__(host, core, tracker)
         self.num_heads, self.head_dim = host.num_heads, head_dim(host)
         self.rotate_half = getattr(host, "rotate_half", False)
         self.qkv_bias_separate = getattr(host, "qkv_bias_separate", False)
-        for name, parameter in host.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-        for name, buffer in host.named_buffers(recurse=False):
-            self.register_buffer(name, buffer, persistent=name not in host._non_persistent_buffers_set)
-        for name, child in host.named_children():
-            self.add_module(name, child)
-        for name in OPTIONAL:
-            if not hasattr(self, name):
-                setattr(self, name, None)
-        self.core = core
-        self.tracker = tracker
-        self.train(host.training)
 
     def forward(
         self, x: Tensor, *, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
