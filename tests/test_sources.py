@@ -24,9 +24,7 @@ from lineate.settings import SettingsError
 from lineate.sources import SourceError, is_denoiser, load_denoiser, load_source
 from lineate.text2image.pipelines import is_pipeline
 
-from .tiny import dit, sd3
-
-from .tiny import aligned
+from .tiny import aligned, dit, sd3
 
 NAME = "vit_tiny_patch16_224"
 
