@@ -1,6 +1,8 @@
-"""One process of a run that ends itself by SIGKILL at a chosen moment, or not: what `test_resume.py` starts.
+"""Runs that end themselves by SIGKILL at chosen moments, one after another: what `test_resume.py` starts.
 
-python killed.py PICTURES OUT MOMENT    MOMENT: never, step:N, saving:N, removing:N; "sharded" as a fourth word shards
+python killed.py PROCESSES PLAIN|SHARDED PICTURES OUT MOMENT...    MOMENT: never, step:N, saving:N, removing:N
+
+Every run is forked from here, so that what it needs is imported once; the exit status of each is printed.
 """
 
 from __future__ import annotations
@@ -8,10 +10,13 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+import accelerate  # noqa: F401  for the forked
 import torch
 from safetensors.torch import save_file
 from timm.models import VisionTransformer
@@ -60,10 +65,39 @@ def shard_on_the_cpu() -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def main(pictures: str, out: str, when: str, *more: str) -> None:
+def together(processes: int, *said: str) -> int:
+    """The exit status of a run in so many forked processes. When one dies, so do the others, as torchrun has it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    running = set()
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            if processes > 1:
+                os.environ.update(meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)})
+            try:
+                main(*said)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        running.add(child)
+    status = 0
+    while running:
+        child, ended = os.wait()
+        running.remove(child)
+        if ended and not status:
+            status = os.waitstatus_to_exitcode(ended)
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+    return status
+
+
+def main(kind: str, pictures: str, out: str, when: str) -> None:
     moment, _, number = when.partition(":")
     arm(moment, int(number or 0))
-    if more == ("sharded",):
+    if kind == "sharded":
         shard_on_the_cpu()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -87,4 +121,6 @@ def main(pictures: str, out: str, when: str, *more: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    number, kind, pictures, out, *moments = sys.argv[1:]
+    for moment in moments:
+        print(together(int(number), kind, pictures, out, moment), flush=True)
