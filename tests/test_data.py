@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from lineate.data import DataError, LabelledImages, check_classes, open_data, open_stream
+from lineate.data import DataError, LabelledImages, open_data, open_stream
 
 NAMES = ("ant", "bee", "cat")
 
@@ -164,15 +164,6 @@ def test_what_is_not_there_is_named_with_the_choices(tmp_path: Path) -> None:
     write(tmp_path / "odd" / "left" / "a.parquet", [0])
     with pytest.raises(DataError, match="no split 'test'; choices: train"):
         open_data(tmp_path / "odd", split="test")
-
-
-def test_a_model_of_other_classes_is_refused(tmp_path: Path) -> None:
-    data = open_data(write(tmp_path / "a.parquet", [0]), split=None)
-    check_classes(data, 3)
-    with pytest.raises(DataError, match=r"has 3 classes \(ant, bee, cat\), and the model has 1000 classes"):
-        check_classes(data, 1000)
-    with pytest.raises(DataError, match="the model has no classifier"):
-        check_classes(data, 0)
 
 
 def test_a_broken_picture_gives_way_to_the_next_and_is_named(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ class Manifest(Frozen):
     record: ConversionRecord
     tied: dict[str, str]  # the name of a tensor that is not stored -> the name under which the same tensor is
     host_sha256: str | None = None
+    classes: tuple[str, ...] | None = None  # what a classifier's outputs stand for, where it is known
     files: tuple[SavedFile, ...]
     seal: str = ""
 
@@ -91,6 +92,7 @@ def save(
             record=done,
             tied=tied,
             host_sha256=_fingerprint(state) if delta else None,
+            classes=family(done.family).class_names(model),
             files=tuple(
                 SavedFile(name=file.name, bytes=file.stat().st_size, sha256=_digest(file)) for file in sorted(temporary.iterdir())
             ),
@@ -131,6 +133,8 @@ def load(path: str | Path, *, base: nn.Module | None = None) -> nn.Module:
         kept_owner, _, kept_leaf = kept.rpartition(".")
         setattr(model.get_submodule(owner), leaf, getattr(model.get_submodule(kept_owner), kept_leaf))
     cast(Any, model).lineate_record = manifest.record
+    if manifest.classes is not None:
+        family(manifest.record.family).name_classes(model, manifest.classes)
     return model.eval()
 
 
@@ -161,6 +165,8 @@ def original_of(model: nn.Module) -> nn.Module:
     if trouble := disagreement(shapes(host.state_dict()), shapes(state)):
         raise CheckpointError(f"the model was changed after its conversion: {trouble}")
     _fill(host, state)
+    if (names := family(done.family).class_names(model)) is not None:
+        family(done.family).name_classes(host, names)
     return host.to(next(model.parameters()).device).eval()
 
 

@@ -103,6 +103,13 @@ class LabelledImages(_Labelled, Dataset[tuple[Any, int]]):
         image, skipped = self._decode(self.images[index]["image"], f"{self.split}[{index}]")
         return Example(image, int(self.labels[index]), skipped)
 
+    def ordered(self, classes: Sequence[str]) -> LabelledImages:
+        """The same pictures, their labels counted in this order of the same classes."""
+        labels = torch.tensor(_numbers(self.classes, classes))[self.labels]
+        found = LabelledImages(self.images, labels, classes, source=self.source, split=self.split, strict=self.strict)
+        found.skipped = self.skipped
+        return found
+
     def take(self, index: int) -> Example:
         """Picture `index` or else the next one that can be read. Raises `DataError` if none can, and like `read` if strict."""
         skipped: dict[str, str] = {}
@@ -133,14 +140,23 @@ class StreamedImages(_Labelled, IterableDataset[Example]):
     """Labelled images read one after the other, from a hub without keeping them; a picture that cannot be read has no image.
 
     Workers of a DataLoader share the files of `stream` among them, so the order depends on their number, which must not
-    exceed the number of files.
+    exceed the number of files. `numbers` are what the labels of `stream` become.
     """
 
     def __init__(
-        self, stream: Any, classes: Sequence[str], *, source: str, split: str, strict: bool = False, epoch: int = 0
+        self,
+        stream: Any,
+        classes: Sequence[str],
+        *,
+        source: str,
+        split: str,
+        strict: bool = False,
+        epoch: int = 0,
+        numbers: Sequence[int] | None = None,
     ) -> None:
         super().__init__(classes, source, split, strict)
         self.stream, self.epoch = stream, epoch
+        self.numbers = tuple(range(len(self.classes))) if numbers is None else tuple(numbers)
         stream.set_epoch(epoch)  # every step of `datasets` from stream to stream forgets it
 
     def __iter__(self) -> Iterator[Example]:
@@ -149,24 +165,30 @@ class StreamedImages(_Labelled, IterableDataset[Example]):
     def decode(self, row: Mapping[str, Any]) -> Example:
         """A row of `stream` as an example; its position there is no name: every worker has its own."""
         image, skipped = self._decode(row["image"], None)
-        return Example(image, _checked(row["label"], len(self.classes), self.source), skipped)
+        return Example(image, self.numbers[_checked(row["label"], len(self.classes), self.source)], skipped)
+
+    def ordered(self, classes: Sequence[str]) -> StreamedImages:
+        """The same pictures, their labels counted in this order of the same classes."""
+        moved = _numbers(self.classes, classes)
+        return self._with(classes=classes, numbers=[moved[number] for number in self.numbers])
 
     def shuffled(self, seed: int, epoch: int, buffer: int = 10_000) -> StreamedImages:
         """Files in random order, and pictures drawn from a buffer of so many; the same for the same seed, epoch and buffer."""
-        return self._of(self.stream.shuffle(seed=seed, buffer_size=buffer), epoch)
+        return self._with(stream=self.stream.shuffle(seed=seed, buffer_size=buffer), epoch=epoch)
 
     def skip(self, count: int) -> StreamedImages:
         """What comes after the first `count` pictures; those are read, not decoded. For one worker."""
-        return self._of(self.stream.skip(count), self.epoch)
+        return self._with(stream=self.stream.skip(count))
 
     def shard(self, rank: int, world: int) -> StreamedImages:
         """The part of process `rank` of `world`: whole files where they divide evenly, else every `world`-th picture."""
         from datasets.distributed import split_dataset_by_node
 
-        return self._of(split_dataset_by_node(self.stream, rank=rank, world_size=world), self.epoch)
+        return self._with(stream=split_dataset_by_node(self.stream, rank=rank, world_size=world))
 
-    def _of(self, stream: Any, epoch: int) -> StreamedImages:
-        return StreamedImages(stream, self.classes, source=self.source, split=self.split, strict=self.strict, epoch=epoch)
+    def _with(self, **changed: Any) -> StreamedImages:
+        names = ("stream", "classes", "source", "split", "strict", "epoch", "numbers")
+        return StreamedImages(**{name: getattr(self, name) for name in names} | changed)
 
 
 def open_data(
@@ -217,13 +239,6 @@ def open_stream(
         raise DataError(f"column {label!r} of {text} has no class names, which streaming needs: they would show at the end only")
     classes = stream.features[label].names
     return StreamedImages(_undecoded(stream, image, label), classes, source=text, split=name, strict=strict)
-
-
-def check_classes(data: LabelledImages | StreamedImages, model_classes: int) -> None:
-    """Raise `DataError` unless a model with this many classes (0: no classifier) fits the data."""
-    if model_classes != len(data.classes):
-        has = f"{model_classes} classes" if model_classes else "no classifier"
-        raise DataError(f"{data.source} has {len(data.classes)} classes ({_few(data.classes)}), and the model has {has}")
 
 
 def _local(text: str) -> Path:
@@ -363,6 +378,12 @@ def _checked(label: Any, count: int, source: str) -> int:
     return label
 
 
+def _numbers(before: Sequence[str], after: Sequence[str]) -> list[int]:
+    """For each class its place in another order."""
+    places = {name: number for number, name in enumerate(after)}
+    return [places[name] for name in before]
+
+
 def _undecoded(table: Any, image: str, label: str) -> Any:
     """The two columns as "image" and "label", pictures as stored: decoding is ours, so that a broken one can be told."""
     from datasets import Image
@@ -393,7 +414,3 @@ def _file(path: str) -> Any:
 
     with xopen(path, "rb") as file:
         return io.BytesIO(file.read())
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

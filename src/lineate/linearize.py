@@ -22,11 +22,10 @@ from lineate import checkpoint, pictures, runs
 from lineate.analysis import key_shift
 from lineate.calibrate import CalibrationConfig, CalibrationResult, calibrate
 from lineate.convert import Conversion, convert, record
-from lineate.data import check_classes
 from lineate.evaluate import EvaluationError, Progress
 from lineate.evaluate.cost import Cost, check_sizes, cost
 from lineate.evaluate.fidelity import Fidelity, fidelity
-from lineate.evaluate.top1 import classes, compare, prepare, top_k
+from lineate.evaluate.top1 import compare, prepare, top_k
 from lineate.families import detect
 from lineate.images import Crops, ImageError, centre_crop, open_image
 from lineate.report import render
@@ -73,6 +72,7 @@ class Plan:
     overwrite: bool = False
     device: str = "cpu"
     data: str | None = None
+    labels_by_number: bool = False
     train: TrainConfig | None = None
     command: tuple[str, ...] = field(default_factory=lambda: tuple(runs.command_line()))
 
@@ -219,7 +219,7 @@ def linearize(plan: Plan, *, say: Say = _nothing, progress: Progress = _nothing)
         pair = load_pair(plan.source, plan.conversion, image_size=plan.image_size, device=plan.device)
     sizes = choose_sizes(pair.original, plan.sizes, pair.source.multiple)
     held_out, skipped = read_held_out(pair.source, plan.held_out)
-    splits = _splits(plan, pair)
+    splits = _splits(plan, pair, say)
     with runs.run_folder(plan.out, plan.overwrite):
         pool = crops(pair.source, plan.photographs, plan.calibration, plan.seed)
         say(f"calibrating {len(record(pair.converted).sites)} sites on {pool.count} crops of {len(pool.paths)} photographs")
@@ -269,17 +269,16 @@ def linearize(plan: Plan, *, say: Say = _nothing, progress: Progress = _nothing)
         return render(plan.out)
 
 
-def _splits(plan: Plan, pair: Pair) -> Splits | None:
-    """What to train on, checked against the model; None where nothing is trained."""
+def _splits(plan: Plan, pair: Pair, say: Say) -> Splits | None:
+    """What to train on, with labels as the model counts its classes; None where nothing is trained."""
     if plan.data is None or plan.train is None:
         return None
-    from lineate.train.classify import open_splits  # late: what only training needs may not be installed
+    from lineate.train.classify import match, open_splits  # late: what only training needs may not be installed
     from lineate.train.data import Ordered
 
     splits = open_splits(plan.data)
     Ordered(splits.pictures, plan.train).steps(processes=1)
-    check_classes(splits.train, classes(pair.converted))
-    return splits
+    return match(splits, pair.converted, by_number=plan.labels_by_number, say=say)
 
 
 def _train(plan: Plan, pair: Pair, splits: Splits, say: Say, progress: Progress) -> dict[str, Any]:

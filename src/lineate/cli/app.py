@@ -31,6 +31,7 @@ from lineate.cli.options import (
     HeldOut,
     Images,
     ImageSize,
+    LabelsByNumber,
     Out,
     OutFile,
     Overwrite,
@@ -167,7 +168,7 @@ def linearize(
     set_: Set = None, image_size: ImageSize = None, seed: Seed = None, sizes: Sizes = None, overwrite: Overwrite = False,
     device: Device = "cpu",
     data: Annotated[str | None, typer.Option(metavar="DATA", help=f"Labelled images to train on: {FORMS}.")] = None,
-    recipe: Recipe = None, epochs: Epochs = None,
+    labels_by_number: LabelsByNumber = False, recipe: Recipe = None, epochs: Epochs = None,
 ) -> None:  # fmt: skip
     """Convert, calibrate, with --data train, measure fidelity, time, and write OUT/report.html beside OUT/model."""
     from lineate.images import find_images
@@ -184,7 +185,8 @@ def linearize(
     else:
         measured = tuple(find_images(held_out))
     _run(_plan(settings, sizes, image_size, source=source, photographs=photographs, held_out=measured, out=out,
-               overwrite=overwrite, device=device, data=data, train=settings.train))  # fmt: skip
+               overwrite=overwrite, device=device, data=data, labels_by_number=labels_by_number,
+               train=settings.train))  # fmt: skip
 
 
 @app.command()
@@ -198,7 +200,7 @@ def train(
     vae: Annotated[Path | None, typer.Option(metavar="DIR", help="diffusers' AutoencoderKL, for a denoiser of latents.")] = None,
     cache: Annotated[Path | None, typer.Option(metavar="DIR", help="A denoiser's pictures made ready (OUT.cache).")] = None,
     stream: Annotated[int | None, typer.Option(min=1, metavar="N", help="Read in passing, N pictures an epoch.")] = None,
-    image_size: ImageSize = None, strict_data: StrictData = False, seed: Seed = None,
+    image_size: ImageSize = None, strict_data: StrictData = False, labels_by_number: LabelsByNumber = False, seed: Seed = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT's newest checkpoint.")] = False,
     overwrite: Overwrite = False, device: Device = "cpu",
 ) -> None:  # fmt: skip
@@ -214,7 +216,8 @@ def train(
         source, data, out, settings.conversion, settings.train, settings.calibration, held_out=held_out_data,
         photographs=tuple(find_images(calibrate_on)) if calibrate_on is not None else (), preset=settings.preset,
         recipe=settings.recipe, scratch=scratch, image_size=image_size if image_size is not None else settings.image_size,
-        stream=stream, strict=strict_data, resume=resume, overwrite=overwrite, device=device, vae=vae, cache=cache,
+        stream=stream, strict=strict_data, labels_by_number=labels_by_number, resume=resume, overwrite=overwrite, device=device,
+        vae=vae, cache=cache,
     )  # fmt: skip
     with screen() as shown:
         done = run_it(plan, say=shown.say, progress=shown.progress)
@@ -306,11 +309,12 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Pictures at a time, in each process.")] = 64, workers: Workers = 0,
     crop_pct: CropPct = None, image_size: ImageSize = None,
     limit: Annotated[int | None, typer.Option(min=1, help="So many pictures, evenly spread over all.")] = None,
-    strict_data: StrictData = False, out: OutFile = None, overwrite: Overwrite = False, device: Device = "cpu",
+    strict_data: StrictData = False, labels_by_number: LabelsByNumber = False, out: OutFile = None,
+    overwrite: Overwrite = False, device: Device = "cpu",
 ) -> None:  # fmt: skip
     """Top-1 and top-5 accuracy in timm's preprocessing; under `accelerate launch -m` on many GPUs, each image once."""
     from lineate import runs
-    from lineate.data import check_classes, open_data
+    from lineate.data import open_data
     from lineate.evaluate import top1
     from lineate.sources import load_source
 
@@ -322,15 +326,14 @@ def evaluate(
         models = {name: load_source(name, image_size=image_size) for name in (source, against) if name is not None}
         prepared = {name: top1.prepare(found, crop_pct=crop_pct) for name, found in models.items()}
         pictures = open_data(data, split=split, strict=strict_data)
-        for found in models.values():
-            check_classes(pictures, top1.classes(found.model))
         pictures = pictures if limit is None else pictures.limited(limit)
+        say = shown.say if first else lambda _: None
+        matched = {name: top1.match(pictures, found.model, by_number=labels_by_number, say=say) for name, found in models.items()}
         outcomes = {}
         for name, found in models.items():
-            if first:
-                shown.say(f"evaluating {name} on {len(pictures)} pictures of {data}, split {pictures.split}")
+            say(f"evaluating {name} on {len(pictures)} pictures of {data}, split {pictures.split}")
             outcomes[name] = top1.top_k(
-                found.model.to(place if together is None else together.device), pictures, prepared[name].transform(),
+                found.model.to(place if together is None else together.device), matched[name], prepared[name].transform(),
                 batch=batch, workers=workers, accelerator=together, progress=shown.progress if first else None,
             )  # fmt: skip
     if not first:

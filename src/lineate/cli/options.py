@@ -34,6 +34,9 @@ Data = Annotated[str, typer.Option(metavar="DATA", help=f"Labelled images: {FORM
 Split = Annotated[str | None, typer.Option(help="Which part of DATA (default: test, else validation, else the only one).")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read and decode pictures.")]
 StrictData = Annotated[bool, typer.Option("--strict-data", help="Stop at a picture that cannot be read; default: leave it out.")]
+LabelsByNumber = Annotated[
+    bool, typer.Option("--labels-by-number", help="Labels count as the model's classes do, whatever the names say.")
+]
 CropPct = Annotated[float | None, typer.Option(help="Share of the resized picture that is kept (default: the model's own).")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn (default: 0).")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]

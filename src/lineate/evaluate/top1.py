@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lineate.data import LabelledImages
 from lineate.evaluate import EvaluationError, Progress, evaluating
+from lineate.families import detect
+from lineate.labels import match_classes
 from lineate.mixers.base import Frozen
 from lineate.sources import Source
 from lineate.statistics import Interval, mcnemar, wilson
@@ -82,17 +84,28 @@ class Paired(Frozen):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model said of each image: `positions` in the data, `labels` (n,), `guesses` (n, k) best first; and the figures."""
+    """What a model said of each image: `positions` in the data, `labels` (n,), `guesses` (n, k) best first; and the figures.
+
+    Labels and guesses are places in `classes`.
+    """
 
     positions: Tensor
     labels: Tensor
     guesses: Tensor
+    classes: tuple[str, ...]
     figures: Top1
 
     @property
     def correct(self) -> Tensor:
         """(n,) bool: whether the first guess is right."""
         return self.guesses[:, 0] == self.labels
+
+    def ordered(self, classes: tuple[str, ...]) -> Outcome:
+        """The same, counted in this order of the same classes."""
+        if classes == self.classes:
+            return self
+        places = torch.tensor([classes.index(name) for name in self.classes], dtype=self.labels.dtype)
+        return replace(self, labels=places[self.labels], guesses=places[self.guesses], classes=classes)
 
 
 def processes(device: torch.device) -> Any:
@@ -110,6 +123,11 @@ def classes(model: nn.Module) -> int:
     if labels is not None:  # transformers: every config has it, whether or not the model has a classifier
         return int(labels) if type(model).__name__.endswith("ForImageClassification") else 0
     return int(getattr(model, "num_classes", 0) or 0)
+
+
+def match(data: LabelledImages, model: nn.Module, *, by_number: bool = False, say: Callable[[str], None]) -> LabelledImages:
+    """`data` with labels that count as the classifier's outputs do, see `match_classes`."""
+    return match_classes(data, classes(model), detect(model).class_names(model), by_number=by_number, say=say)
 
 
 def logits(model: nn.Module, images: Tensor) -> Tensor:
@@ -181,6 +199,8 @@ def top_k(
 
 def compare(original: Outcome, converted: Outcome) -> Paired:
     """Two outcomes on the same data. Raises `EvaluationError` if they are of different images."""
+    if set(converted.classes) == set(original.classes):
+        converted = converted.ordered(original.classes)
     same = torch.equal(original.positions, converted.positions) and torch.equal(original.labels, converted.labels)
     if not same:
         sizes = f"{len(original.labels)} and {len(converted.labels)}"
@@ -253,4 +273,4 @@ def _outcome(
         top5=wilson(int(right.any(1).sum()), n) if len(data.classes) > _K else None,
         loss=float(losses[kept].mean()), skipped=skipped,
     )  # fmt: skip
-    return Outcome(positions, labels, guesses, figures)
+    return Outcome(positions, labels, guesses, data.classes, figures)

@@ -9,7 +9,7 @@ Legend: B batch, N tokens, C channels, h×w grid.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -230,6 +230,14 @@ class Family(ABC):
     @abstractmethod
     def softmax_kind(self, model: nn.Module) -> str:
         """How the host's own softmax attention runs: "fused", "unfused" or "mixed"."""
+
+    def class_names(self, model: nn.Module) -> tuple[str, ...] | None:
+        """What a classifier's outputs stand for, in their order; None where the model does not say."""
+        return getattr(model, "lineate_classes", None)
+
+    def name_classes(self, model: Any, names: Sequence[str]) -> None:
+        """Note what the outputs stand for, where the model's own library would if it has a place for that."""
+        model.lineate_classes = tuple(names)
 
     def sign(self, model: nn.Module, said: dict[str, Any]) -> None:
         """Note on a converted model, where its own library saves it, what was done: JSON from which it can be done again."""

@@ -17,7 +17,7 @@ import copy
 import inspect
 import json
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -308,6 +308,16 @@ class TransformersViT(Family):
         """`image_mean` and `image_std` of the config, where `transformers:NAME` put what the image processor says."""
         mean, std = (getattr(model.config, f"image_{name}", None) for name in ("mean", "std"))
         return (tuple(mean), tuple(std)) if mean is not None and std is not None else None
+
+    def class_names(self, model: Any) -> tuple[str, ...] | None:
+        """`id2label` of the config, but for the names that it makes up itself."""
+        said = tuple(name for _, name in sorted(model.config.id2label.items()))
+        return None if said == tuple(f"LABEL_{number}" for number in range(len(said))) else said
+
+    def name_classes(self, model: Any, names: Sequence[str]) -> None:
+        """Into the config, which `save_pretrained` writes."""
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: number for number, name in enumerate(names)}
 
     def runner(self, model: Any) -> Callable[[Tensor], Any]:
         """The model, or the trunk where the model wants text too; with interpolation where that has to be asked for."""

@@ -161,6 +161,11 @@ class TimmViT(Family):
         found = resolve_model_data_config(model)
         return tuple(found["mean"]), tuple(found["std"])
 
+    def class_names(self, model: Any) -> tuple[str, ...] | None:
+        """Those that training noted, else `label_names` of the pretrained weights, which few say."""
+        said = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+        return super().class_names(model) or (tuple(said) if said else None)
+
     def features(self, model: Any, images: Tensor) -> Features:
         """`forward_features`, and `forward_head` of a model with classes."""
         tokens = model.forward_features(images)

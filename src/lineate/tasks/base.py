@@ -42,6 +42,7 @@ class TrainPlan:
     recipe: str | None = None
     image_size: int | None = None
     strict: bool = False
+    labels_by_number: bool = False
     resume: bool = False
     overwrite: bool = False
     device: str = "cpu"

@@ -6,12 +6,11 @@ from typing import Any
 
 from lineate.calibrate import CalibrationResult
 from lineate.convert import record
-from lineate.data import check_classes
 from lineate.evaluate import Progress
-from lineate.evaluate.top1 import Top1, classes
+from lineate.evaluate.top1 import Top1
 from lineate.linearize import check_readable, crops, fit, load_pair
 from lineate.tasks.base import Say, Task, TrainPlan
-from lineate.train.classify import lesson, measure, open_splits
+from lineate.train.classify import lesson, match, measure, open_splits
 from lineate.train.data import Ordered
 from lineate.train.loop import Lesson
 from lineate.train.randomness import HOST, derive, left_alone, seed_all
@@ -37,7 +36,7 @@ class Classification(Task):
             scratch = len(splits.train.classes) if plan.scratch else None
             self.pair = load_pair(plan.source, plan.conversion, image_size=plan.image_size, scratch=scratch)
         self.model, self.name = self.pair.converted, self.pair.source.name
-        check_classes(splits.train, classes(self.model))
+        self.splits = match(splits, self.model, drawn=plan.scratch, by_number=plan.labels_by_number, say=self.say)
 
     def check(self, processes: int) -> None:
         """By the number of pictures."""

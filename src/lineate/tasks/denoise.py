@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from lineate.convert import Conversion, convert
-from lineate.data import check_classes, open_data
+from lineate.data import open_data
 from lineate.evaluate import Progress
+from lineate.families import detect
 from lineate.generation.classes import denoiser, remember
+from lineate.labels import is_numbered, match_classes
 from lineate.sources import load_denoiser
 from lineate.tasks.base import Say, Task, TrainPlan
 from lineate.text2image.autoencoder import GenerateError, load_autoencoder, pixels_a_latent
@@ -51,7 +53,11 @@ class Denoising(Task):
         side = self.image_size // self._factor
         self.made_by = denoiser(model, (side, side))
         remember(model, plan.train.denoise.objective, (side, side))
-        check_classes(self.data, self.made_by.classes)
+        family = detect(model)
+        names = self.data.classes if plan.scratch else family.class_names(model)
+        self.data = match_classes(self.data, self.made_by.classes, names, by_number=plan.labels_by_number, say=self.say)
+        if not is_numbered(self.data.classes):
+            family.name_classes(model, self.data.classes)
         channels = self.made_by.shape[0]
         if channels != self._channels:
             through = "the autoencoder" if self.vae is not None else "pixels, without --vae,"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from lineate.data import DataError, LabelledImages, StreamedImages, check_classes, open_data, open_stream
+from lineate.data import DataError, LabelledImages, StreamedImages, open_data, open_stream
 from lineate.evaluate.top1 import Outcome, classes, prepare, processes, top_k
+from lineate.families import detect
+from lineate.labels import check_classes, difference, is_numbered, match_classes
 from lineate.sources import Source
 from lineate.train.config import TrainConfig
 from lineate.train.data import Batches, ImageBatches
@@ -41,9 +44,24 @@ def open_splits(data: str, held_out: str | None = None, *, stream: int | None = 
     measured = open_data(held_out or data, split=None, strict=strict)
     if (learned.source, learned.split) == (measured.source, measured.split):
         raise DataError(f"{data} has no split to measure on, only {learned.split!r}; give one with --held-out-data")
-    if learned.classes != measured.classes:
-        raise DataError(f"the classes of {measured.source} are not those of {learned.source}")
-    return Splits(learned, measured, pictures)
+    if different := difference(learned.classes, measured.classes):
+        raise DataError(f"the classes of {measured.source} are not those of {learned.source}: {different}")
+    return Splits(learned, measured.ordered(learned.classes), pictures)
+
+
+def match(
+    splits: Splits, model: nn.Module, *, drawn: bool = False, by_number: bool = False, say: Callable[[str], None]
+) -> Splits:
+    """`splits` with labels that count as the model's outputs do, see `match_classes`; the model keeps their names from then on.
+
+    The outputs of a model whose weights are `drawn` stand for nothing yet.
+    """
+    family = detect(model)
+    names = splits.train.classes if drawn else family.class_names(model)
+    matched = match_classes(splits.train, classes(model), names, by_number=by_number, say=say)
+    if not is_numbered(matched.classes):
+        family.name_classes(model, matched.classes)
+    return Splits(matched, splits.held_out.ordered(matched.classes), splits.pictures)
 
 
 def lesson(source: Source, splits: Splits, config: TrainConfig, original: nn.Module | None = None) -> Lesson:
