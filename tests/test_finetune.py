@@ -179,6 +179,30 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, saved: Path, d
     assert not out.exists()
 
 
+@pytest.mark.parametrize("command", ["train", "linearize"])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("train.opt=foo",), "opt: unknown optimiser 'foo'; choices: "),
+        (("train.augment.auto_augment=foo",), "augment.auto_augment: timm does not understand 'foo'"),
+        (("train.tracker=foo",), "tracker: unknown tracker 'foo'; choices: none, "),
+        (("train.tracker=wandb",), "tracker: wandb is not installed; choices here: none, tensorboard"),
+        (("train.protocol=lora", 'train.lora.targets=["foo"]'), "lora.targets: no linear layer is called foo; choices: "),
+        (("train.protocol=freeze", "mixer.name=softmax", "locality=none"), "this VisionTransformer has none; choices: ft, lora"),
+    ],
+)
+def test_bad_settings_are_found_before_any_long_work(
+    tmp_path: Path, unconverted: str, data: Path, monkeypatch: pytest.MonkeyPatch, command: str, settings: tuple[str, ...],
+    words: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(linearize, "calibrate", lambda *_, **__: pytest.fail("work was begun"))
+    monkeypatch.setattr("lineate.train.loop.get_available_trackers", lambda: ["tensorboard"])
+    photographs = ("--calibrate-on" if command == "train" else "--images", data / "test")
+    asked = [word for setting in settings for word in ("--set", setting)]
+    assert words in refused(command, unconverted, *photographs, "--data", data, *QUICK, "--out", tmp_path / "run", *asked)
+    assert not (tmp_path / "run").exists()
+
+
 def test_linearize_trains_after_it_calibrated(tmp_path: Path, unconverted: str, data: Path) -> None:
     command = ("linearize", unconverted, "--images", data / "test", "--out", tmp_path / "run", "--sizes", "32")
     quick = ("--set", "calibration.steps=2", "--set", "calibration.pool=4")

@@ -21,7 +21,7 @@ from lineate.linearize import Clock, _nothing, describe, tensor_counts
 from lineate.tasks import task_of
 from lineate.tasks.base import Say, Task, TrainPlan
 from lineate.train import checkpoints
-from lineate.train.loop import FitResult, fit
+from lineate.train.loop import FitResult, check, fit
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ def train(plan: TrainPlan, *, say: Say = _nothing, progress: Progress = _nothing
         task.load()
     task.check(together.num_processes if together is not None else 1)
     task.model.to(together.device if together is not None else place)
+    check(task.model, plan.train, plan.out)
     calibration = None
     if not (plan.resume and checkpoints.newest(plan.out) is not None):  # a checkpoint has what became of it
         with clock("calibrate"):

@@ -35,6 +35,7 @@ from lineate.version import __version__
 
 if TYPE_CHECKING:
     from lineate.train.classify import Splits
+    from lineate.train.loop import Lesson
 
 SIZES_PX = (224, 448, 672, 1024)  # timed where nothing else is said, each rounded down to whole patches
 HELD_OUT_EVERY = 5
@@ -219,7 +220,7 @@ def linearize(plan: Plan, *, say: Say = _nothing, progress: Progress = _nothing)
         pair = load_pair(plan.source, plan.conversion, image_size=plan.image_size, device=plan.device)
     sizes = choose_sizes(pair.original, plan.sizes, pair.source.multiple)
     held_out, skipped = read_held_out(pair.source, plan.held_out)
-    splits = _splits(plan, pair, say)
+    taught = _taught(plan, pair, say)
     with runs.run_folder(plan.out, plan.overwrite):
         pool = crops(pair.source, plan.photographs, plan.calibration, plan.seed)
         say(f"calibrating {len(record(pair.converted).sites)} sites on {pool.count} crops of {len(pool.paths)} photographs")
@@ -229,9 +230,9 @@ def linearize(plan: Plan, *, say: Say = _nothing, progress: Progress = _nothing)
             calibration = fit(pair.converted, pool, plan.calibration, progress)
         checkpoint.save(pair.converted, plan.out / "model")
         trained = {}
-        if splits is not None:
+        if taught is not None:
             with clock("train"):
-                trained = _train(plan, pair, splits, say, progress)
+                trained = _train(plan, pair, *taught, say, progress)
             checkpoint.save(pair.converted, plan.out / "model", overwrite=True)
         skipped |= pool.skipped
         if skipped:
@@ -269,33 +270,35 @@ def linearize(plan: Plan, *, say: Say = _nothing, progress: Progress = _nothing)
         return render(plan.out)
 
 
-def _splits(plan: Plan, pair: Pair, say: Say) -> Splits | None:
-    """What to train on, with labels as the model counts its classes; None where nothing is trained."""
+def _taught(plan: Plan, pair: Pair, say: Say) -> tuple[Splits, Lesson] | None:
+    """What to train on, with labels as the model counts its classes, and how; None where nothing is trained."""
     if plan.data is None or plan.train is None:
         return None
-    from lineate.train.classify import match, open_splits  # late: what only training needs may not be installed
+    from lineate.train.classify import lesson, match, open_splits  # late: what only training needs may not be installed
     from lineate.train.data import Ordered
+    from lineate.train.loop import check
 
     splits = open_splits(plan.data)
     Ordered(splits.pictures, plan.train).steps(processes=1)
-    return match(splits, pair.converted, by_number=plan.labels_by_number, say=say)
+    check(pair.converted, plan.train, plan.out)
+    splits = match(splits, pair.converted, by_number=plan.labels_by_number, say=say)
+    return splits, lesson(pair.source, splits, plan.train, pair.original)
 
 
-def _train(plan: Plan, pair: Pair, splits: Splits, say: Say, progress: Progress) -> dict[str, Any]:
+def _train(plan: Plan, pair: Pair, splits: Splits, taught: Lesson, say: Say, progress: Progress) -> dict[str, Any]:
     """Train the calibrated model, and measure it and its original on what was held out; the results of both."""
-    from lineate.train.classify import lesson, measure
+    from lineate.train.classify import measure
     from lineate.train.loop import fit as learn
 
     assert plan.train is not None
-    say(f"measuring the original on {len(splits.held_out)} held-out pictures")
-    transform, batch = prepare(pair.source).transform(), plan.train.batch
-    before = top_k(pair.original, splits.held_out, transform, batch=batch, workers=plan.train.workers, progress=progress)
     say(f"training on {splits.pictures} pictures of {len(splits.train.classes)} classes")
-    learned = lesson(pair.source, splits, plan.train, pair.original)
     result = learn(
-        pair.converted, learned.batches, learned.objective, plan.train, plan.out, evaluate=learned.evaluate, say=say,
+        pair.converted, taught.batches, taught.objective, plan.train, plan.out, evaluate=taught.evaluate, say=say,
         progress=progress,
     )  # fmt: skip
+    say(f"measuring both models on {len(splits.held_out)} held-out pictures")
+    transform, batch = prepare(pair.source).transform(), plan.train.batch
+    before = top_k(pair.original, splits.held_out, transform, batch=batch, workers=plan.train.workers, progress=progress)
     after = measure(pair.converted, pair.source, splits, plan.train)
     return {
         "training": result.model_dump(mode="json"),

@@ -77,7 +77,7 @@ class Task(ABC):
 
     @abstractmethod
     def check(self, processes: int) -> None:
-        """Raise `TrainError` if the data do not fill one step of so many processes."""
+        """Raise `TrainError` if the data do not fill one step of so many processes, or for settings that mean nothing here."""
 
     def calibrate(self, progress: Progress) -> CalibrationResult | None:
         """Fit the new parameters first, where the plan asks for that."""

@@ -39,8 +39,11 @@ class Classification(Task):
         self.splits = match(splits, self.model, drawn=plan.scratch, by_number=plan.labels_by_number, say=self.say)
 
     def check(self, processes: int) -> None:
-        """By the number of pictures."""
-        Ordered(self.splits.pictures, self.plan.train).steps(processes)
+        """By the number of pictures, and by making the lesson."""
+        plan = self.plan
+        Ordered(self.splits.pictures, plan.train).steps(processes)
+        distills = plan.train.distill.logits or plan.train.distill.features
+        self.taught = lesson(self.pair.source, self.splits, plan.train, self.pair.original if distills else None)
 
     def calibrate(self, progress: Progress) -> CalibrationResult | None:
         """On the photographs, if there are any."""
@@ -53,10 +56,8 @@ class Classification(Task):
 
     def lesson(self, together: Any, progress: Progress) -> Lesson:
         """Classification, or distillation from the original."""
-        plan, splits = self.plan, self.splits
-        self.say(f"training on {splits.pictures} pictures of {len(splits.train.classes)} classes")
-        distills = plan.train.distill.logits or plan.train.distill.features
-        return lesson(self.pair.source, splits, plan.train, self.pair.original if distills else None)
+        self.say(f"training on {self.splits.pictures} pictures of {len(self.splits.train.classes)} classes")
+        return self.taught
 
     def measure(self) -> Top1:
         """Top-1 on the held-out pictures."""

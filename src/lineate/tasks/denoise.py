@@ -18,7 +18,7 @@ from lineate.train import TrainError
 from lineate.train.config import Distill
 from lineate.train.data import Ordered
 from lineate.train.diffusion import denoising
-from lineate.train.latents import CachedBatches, cache
+from lineate.train.latents import CachedBatches, cache, check_flips
 from lineate.train.loop import Lesson
 from lineate.train.randomness import HOST, derive, left_alone, seed_all
 
@@ -93,7 +93,8 @@ class Denoising(Task):
         return self.plan.image_size or self.made_by.shape[-1] * self._factor
 
     def check(self, processes: int) -> None:
-        """By the number of pictures."""
+        """By the number of pictures, and by how they are varied."""
+        check_flips(self.plan.train)
         Ordered(len(self.data), self.plan.train).steps(processes)
 
     def lesson(self, together: Any, progress: Progress) -> Lesson:

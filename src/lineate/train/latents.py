@@ -103,9 +103,7 @@ class CachedBatches(Ordered):
     def __init__(self, folder: Path, config: TrainConfig) -> None:
         self.index = read_index(folder, Index)
         super().__init__(self.index.pictures, config)
-        kept = {name: getattr(config.augment, name) for name in ("flip", "repeats", "scale", "crop", "interpolation")}
-        if config.augment != Augment(**kept):
-            raise TrainError("augment: pictures from a cache can be flipped and repeated, nothing else")
+        check_flips(config)
         files = [folder / shard_name(number) for number in range(self.index.shards)]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
@@ -132,6 +130,13 @@ class CachedBatches(Ordered):
             return pixels.flip(-1) if mirrored else pixels, stored["labels"][row]
         mean, std = (stored[name][row, int(mirrored)].float() for name in ("mean", "std"))
         return mean + std * torch.randn(mean.shape, generator=draw), stored["labels"][row]
+
+
+def check_flips(config: TrainConfig) -> None:
+    """Raise `TrainError` if pictures are to be varied otherwise than a cache can."""
+    kept = {name: getattr(config.augment, name) for name in ("flip", "repeats", "scale", "crop", "interpolation")}
+    if config.augment != Augment(**kept):
+        raise TrainError("augment: pictures from a cache can be flipped and repeated, nothing else")
 
 
 def read_index(folder: Path, kind: type[Kind]) -> Kind:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.util
 import math
 import os
 import time
@@ -27,7 +26,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, gather_object, send_to_device
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, LoggerType, gather_object, send_to_device
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -141,6 +141,20 @@ def fit(
         learning=learning,
         finished=state.step >= run.total,
     )
+
+
+def check(model: nn.Module, config: TrainConfig, out: Path) -> None:
+    """Raise `TrainError` for what `fit` would refuse of this model and config; the model stays as it is, and no weight is copied.
+
+    What the objective and the batches refuse, they refuse when they are made.
+    """
+    _accelerator(model, config, out)
+    tensors = (*model.parameters(), *model.buffers())
+    bare = {id(tensor): tensor.detach().to("meta") for tensor in tensors}
+    bare |= {id(parameter): nn.Parameter(bare[id(parameter)], parameter.requires_grad) for parameter in model.parameters()}
+    trial = copy.deepcopy(model, bare)
+    choose(trial, config)
+    make_optimizer(trial, config, config.batch)
 
 
 def _train(run: _Run, batches: Batches, state: State, say: Callable[[str], None], progress: Progress) -> State:
@@ -268,8 +282,7 @@ def _accelerator(model: nn.Module, config: TrainConfig, out: Path) -> Accelerato
     device = next(model.parameters()).device.type
     if device == "cpu" and config.precision == "fp16":
         raise TrainError("precision: fp16 needs a GPU; choices on a CPU: no, bf16")
-    if config.tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        raise TrainError("tracker: tensorboard is not installed; choices: none, or pip install '.[train]' in a clone")
+    _check_tracker(config.tracker)
     if not torch.distributed.is_initialized():  # precision and device of an earlier run would stay, and contradict this one's
         AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
@@ -287,6 +300,18 @@ def _accelerator(model: nn.Module, config: TrainConfig, out: Path) -> Accelerato
     if accelerator.is_fsdp2 and config.ema is not None:
         raise TrainError("ema: the average of sharded weights is not supported; train without ema, or with DDP")
     return accelerator
+
+
+def _check_tracker(name: str) -> None:
+    """Raise `TrainError` for a tracker that accelerate does not know, or that is not installed: it would leave that one out."""
+    known = ["none", *(kind.value for kind in LoggerType if kind != LoggerType.ALL)]
+    if name not in known:
+        raise TrainError(f"tracker: unknown tracker {name!r}; choices: {', '.join(known)}")
+    here = ["none", *(LoggerType(kind).value for kind in get_available_trackers())]
+    if name not in here:
+        raise TrainError(
+            f"tracker: {name} is not installed; choices here: {', '.join(here)}; tensorboard comes with '.[train]' in a clone"
+        )
 
 
 def _prepare(
