@@ -1,6 +1,6 @@
 // A T⁵ core's middle on CPUs: key norm, convolutions and inner step, on blocks of tokens that stay in a core's cache.
 //
-//     statistics   offset -mean·r and scale r = 1/√(var + ε) of every key channel; blocks about their own mean, joined exactly (Chan)
+//     statistics   offset -mean·r and scale r = 1/√(var + ε) of every key channel; tokens about their own mean, joined exactly
 //     learn        G = Σ ∂(L/c)/∂W (k̂, v)
 //     answer       o = f_W'(q̂)
 //
@@ -34,6 +34,7 @@ constexpr int64_t LANES = 8, ROWS = 4, COLUMNS = 2;
 #endif
 constexpr int64_t PAD = 16;      // P is a multiple of it, and so is n as products see it
 constexpr int64_t TOKENS = 256;  // about so many in a block
+constexpr int64_t FEW = 32;      // of the statistics
 constexpr int64_t AHEAD = 16;    // tokens
 constexpr int64_t DEPTH = 128;    // of a product that is summed at once, so that its rows stay in the first cache
 
@@ -198,8 +199,8 @@ void copy(Tokens<T> x, int64_t start, int64_t count, int64_t d, int64_t p, const
   }
 }
 
-// A block's q̂ or k̂ into out (n, P). `image` has room for its rows and one more on each side, (rows + 2, width + 2, P), whose border
-// and padding are zeros.
+// A block's q̂ or k̂ into out (n, P). `image` has room for its rows and one more on each side, (rows + 2, width + 2, P), whose
+// border and padding are zeros.
 template <typename T>
 void see(Tokens<T> x, const Block& block, const Grid& grid, int64_t d, int64_t p, const Lens& lens, float* image, float* out) {
   if (!block.rows) return copy(x, block.start, block.count, d, p, lens.norm, out);
@@ -230,15 +231,17 @@ void see(Tokens<T> x, const Block& block, const Grid& grid, int64_t d, int64_t p
 
 // ------------------------------------------------------------------------------------------------------------ one thread's work
 
-// Zeroed scratch memory, handed out piece by piece, each a whole number of cache lines.
-struct Scratch {
+// A thread's scratch memory, handed out piece by piece, each a whole number of cache lines; all zeros at first. Who takes the
+// same pieces again finds them as they were left, the padding of channels among them, which nothing changes.
+class Scratch {
+ public:
+  explicit Scratch(int64_t size) : memory(size + PAD) { reset(); }
+  void reset() { next = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) % 64) / sizeof(float); }
+  float* take(int64_t size) { return std::exchange(next, next + size); }
+
+ private:
   std::vector<float> memory;
   float* next;
-  explicit Scratch(int64_t size) : memory(size + PAD) {
-    const auto address = reinterpret_cast<uintptr_t>(memory.data());
-    next = memory.data() + (-address % 64) / sizeof(float);
-  }
-  float* take(int64_t size) { return std::exchange(next, next + size); }
 };
 
 int64_t image_size(const std::vector<Block>& blocks, const Grid& grid, int64_t p) {
@@ -264,19 +267,20 @@ void pack_taps(const Tensor& weight, const Tensor& bias, int64_t h, int64_t d, i
   }
 }
 
-// How the work is cut: B·H heads, each in parts of whole blocks, about four for every thread.
+// How the work is cut: B·H heads, each in parts of whole blocks where the heads alone do not occupy all threads evenly.
 struct Plan {
   std::vector<Block> blocks;
   int64_t heads, parts;
-  Plan(std::vector<Block> all, int64_t count)
-      : blocks(std::move(all)),
-        heads(count),
-        parts(std::min<int64_t>(blocks.size(), (4 * at::get_num_threads() + count - 1) / count)) {}
+  Plan(std::vector<Block> all, int64_t count) : blocks(std::move(all)), heads(count), parts(1) {
+    const int64_t threads = at::get_num_threads();
+    if (heads % threads) parts = std::min<int64_t>(blocks.size(), (4 * threads + heads - 1) / heads);
+  }
   int64_t begin(int64_t part) const { return blocks.size() * part / parts; }
   template <typename F>
-  void run(const F& work) const {  // work(head index in B·H, part)
+  void run(int64_t scratch, const F& work) const {  // work(scratch, head among B·H, part)
     at::parallel_for(0, heads * parts, 1, [&](int64_t start, int64_t stop) {
-      for (int64_t i = start; i < stop; ++i) work(i / parts, i % parts);
+      Scratch memory(scratch);
+      for (int64_t i = start; i < stop; ++i, memory.reset()) work(memory, i / parts, i % parts);
     });
   }
 };
@@ -301,14 +305,12 @@ struct Moments {
 };
 
 template <typename T>
-Moments moments(Tokens<T> x, int64_t start, int64_t stop, int64_t d) {
-  constexpr int64_t few = 32;
+Moments moments(Tokens<T> x, int64_t start, int64_t stop, int64_t d, Scratch& scratch) {
   const int64_t p = padded(d);
   Moments found(p);
-  Scratch scratch((few + 2) * p);
-  float *part = scratch.take(few * p), *mean = scratch.take(p), *square = scratch.take(p);
-  for (; start < stop; start += few) {
-    const int64_t n = std::min(few, stop - start);
+  float *part = scratch.take(FEW * p), *mean = scratch.take(p), *square = scratch.take(p);
+  for (; start < stop; start += FEW) {
+    const int64_t n = std::min(FEW, stop - start);
     copy(x, start, n, d, p, nullptr, part);
     for (int64_t i = 0; i < p; i += LANES) {
       Vector sum = {}, squares = {};
@@ -332,9 +334,9 @@ Tensor statistics(const Tensor& k, double eps) {
   const Plan plan(blocks_of(tokens, {}, false), batch * heads);
   std::vector<Moments> found(plan.heads * plan.parts, Moments(0));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, k.scalar_type(), "statistics", [&] {
-    plan.run([&](int64_t head, int64_t part) {
+    plan.run((FEW + 2) * padded(d), [&](Scratch& scratch, int64_t head, int64_t part) {
       const int64_t start = plan.begin(part) * TOKENS, stop = std::min(tokens, plan.begin(part + 1) * TOKENS);
-      found[head * plan.parts + part] = moments(Tokens<scalar_t>(k, head / heads, head % heads), start, stop, d);
+      found[head * plan.parts + part] = moments(Tokens<scalar_t>(k, head / heads, head % heads), start, stop, d, scratch);
     });
   });
   Tensor norm = at::empty({batch, 2, heads, d}, k.options().dtype(at::kFloat));
@@ -405,14 +407,15 @@ Tensor learn(
   Tensor sums = at::empty({matrices, batch, heads, plan.parts, d, d}, k.options().dtype(at::kFloat));
   float* out = sums.data_ptr<float>();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, k.scalar_type(), "learn", [&] {
-    plan.run([&](int64_t head, int64_t part) {
+    plan.run(image + 6 * n * p + 7 * p * p + 12 * p, [&](Scratch& scratch, int64_t head, int64_t part) {
       const int64_t b = head / heads, h = head % heads;
       const Tokens<scalar_t> keys(k, b, h), values(v, b, h);
-      Scratch scratch(image + 6 * n * p + 7 * p * p + 12 * p);
       float *pixels = scratch.take(image), *x = scratch.take(n * p), *e = scratch.take(n * p), *z = scratch.take(n * p);
       float *slope = scratch.take(n * p), *back = scratch.take(n * p), *y = scratch.take(n * p);
       Inner m{gated, l2};
-      for (float** matrix : {&m.in, &m.gate, &m.out, &m.out_transposed, &m.g_in, &m.g_gate, &m.g_out}) *matrix = scratch.take(p * p);
+      for (float** matrix : {&m.in, &m.gate, &m.out, &m.out_transposed, &m.g_in, &m.g_gate, &m.g_out})
+        *matrix = scratch.take(p * p);
+      for (float* sum : {m.g_in, m.g_gate, m.g_out}) std::fill_n(sum, p * p, 0.0f);
       pack(weights[0], h, p, false, m.in);
       if (gated) pack(weights[1], h, p, false, m.gate);
       pack(weights[matrices - 1], h, p, false, m.out);
@@ -438,7 +441,7 @@ Tensor learn(
       }
     });
   });
-  return sums.sum(3);
+  return plan.parts == 1 ? sums.select(3, 0) : sums.sum(3);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------- answer
@@ -453,10 +456,9 @@ Tensor answer(
   const int64_t n = largest(plan.blocks), image = image_size(plan.blocks, grid, p);
   Tensor out = at::empty({batch, tokens, heads, d}, q.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "answer", [&] {
-    plan.run([&](int64_t head, int64_t part) {
+    plan.run(image + 3 * n * p + 3 * p * p + 10 * p, [&](Scratch& scratch, int64_t head, int64_t part) {
       const int64_t b = head / heads, h = head % heads;
       const Tokens<scalar_t> queries(q, b, h);
-      Scratch scratch(image + 3 * n * p + 3 * p * p + 10 * p);
       float *pixels = scratch.take(image), *x = scratch.take(n * p), *z = scratch.take(n * p), *y = scratch.take(n * p);
       float *in = scratch.take(p * p), *gates = scratch.take(p * p), *back = scratch.take(p * p), *kernel = scratch.take(10 * p);
       pack(weights[0], head, p, false, in);
