@@ -255,7 +255,7 @@ def test_settings_of_a_training() -> None:
     [
         ("train.augment.mixap=1", "unknown field 'train.augment.mixap'; choices: crop, "),
         ("train.lr=-1", "train.lr: cannot be -1: input should be greater than 0"),
-        ("train.precision=fp8", "train.precision: unknown value 'fp8'; choices: 'no', 'bf16' or 'fp16'"),
+        ("train.precision=fp8", "train.precision: unknown value 'fp8'; choices: 'no', 'tf32', 'bf16' or 'fp16'"),
         ("train.batch=7", "train: batch must be even"),
         ("train=fast", "train has fields, protocol, "),
         ("train.lr.x=1", "train.lr is 2e-05 and has no fields"),

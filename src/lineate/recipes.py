@@ -79,8 +79,8 @@ def dit5() -> TrainConfig:
             --preset dit5 --recipe dit5 --device cuda
 
     Time: not measured. Expected by the paper after these 80,000 steps, 0.57 % of DiT's own: FID-50K 2.48, IS 267.9 (Table 6).
-    DiT's rate, constant; every new parameter at twice that, where the released code has it for W1 and W2 alone. SiT's
-    checkpoints learn a velocity: `--set train.denoise.objective=flow`.
+    DiT's rate, constant, in TF32 as its code; every new parameter at twice that, where the released code has it for W1 and W2
+    alone. SiT's checkpoints learn a velocity: `--set train.denoise.objective=flow`.
     """
     return dit().model_copy(update={"epochs": 8.0, "batch": 16, "new_lr_multiplier": 2.0})
 
@@ -94,7 +94,8 @@ def dit() -> TrainConfig:
     Time: not measured. Expected after these 7 million steps: FID-50K 2.27 with guidance 1.5 (DiT-XL/2).
     """
     return TrainConfig(
-        protocol="ft", epochs=1400, batch=32, lr=1e-4, min_lr=1e-4, weight_decay=0.0, ema=0.9999, ema_warmup=False
+        protocol="ft", epochs=1400, batch=32, lr=1e-4, min_lr=1e-4, weight_decay=0.0, ema=0.9999, ema_warmup=False,
+        precision="tf32",
     )  # fmt: skip
 
 
@@ -106,10 +107,11 @@ def sd35_t5() -> TrainConfig:
 
     Time: not measured; the paper says about an hour on 4 H20. Expected by the paper (Table 7): GenEval 0.69, DPG-Bench 84.43.
     The paper names no precision, no share of dropped texts, and no other rate for new parameters: bf16, a tenth and the same.
+    Blocks are computed again in the backward pass: `--set train.grad_checkpointing=false` where memory allows.
     """
     return TrainConfig(
         protocol="ft", steps=3000, batch=16, lr=1e-5, min_lr=1e-5, weight_decay=1e-4, augment=Augment(flip=0), precision="bf16",
-        checkpoint_steps=500,
+        grad_checkpointing=True, checkpoint_steps=500,
     )  # fmt: skip
 
 

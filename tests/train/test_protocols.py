@@ -8,10 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from lineate.convert import Conversion, is_new
+import lineate
+from lineate.convert import Conversion, is_new, record
+from lineate.families import family
 from lineate.train import TrainError
 from lineate.train.config import Lora, TrainConfig
-from lineate.train.protocols import choose, merge, new_names, train_mode
+from lineate.train.protocols import check, choose, merge, new_names, train_mode
+
+from ..tiny import dit, gradients, sd3
 
 Models = Callable[..., nn.Module]
 Small = Callable[..., TrainConfig]
@@ -70,6 +74,59 @@ def test_lora_is_drawn_from_the_seed_and_leaves_the_generator(converted: Models,
         assert torch.equal(before, torch.get_rng_state())
         states.append(model.state_dict())
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+HOSTS = {
+    "timm": lambda vit: vit(), "dit5": lambda vit: dit(), "sd35-t5-all": lambda vit: sd3(dual_attention_layers=(0,)),
+}  # fmt: skip
+CALLS = {
+    "timm": lambda: (torch.rand(2, 3, 32, 32),),
+    "dit5": lambda: (torch.rand(2, 3, 8, 6), torch.tensor([3, 40]), torch.tensor([1, 2])),
+    "sd35-t5-all": lambda: (torch.rand(2, 4, 8, 8), torch.rand(2, 5, 12), torch.rand(2, 10), torch.tensor([3, 40])),
+}
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_lora_knows_the_layers_of_every_host(tiny_vit: Models, small: Small, name: str) -> None:
+    """Attention and MLP of every block by their own names; what modulates norms, and what stands outside blocks, stays."""
+    model = lineate.convert(HOSTS[name](tiny_vit), "t5" if name == "timm" else name)
+    choose(model, small(protocol="lora"))
+    updated = {part.rpartition(".lora_A")[0] for part, _ in model.named_parameters() if ".lora_A." in part}
+    leaves = {part.split(".", 2)[2] for part in updated}
+    if name == "sd35-t5-all":
+        projections = {f"to_{x}" for x in ("q", "k", "v", "out.0")}
+        joint = {f"attn.{part}" for part in (*projections, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")}
+        mlps = {f"{mlp}.net.{part}" for mlp in ("ff", "ff_context") for part in ("0.proj", "2")}
+        assert leaves == joint | {f"attn2.{part}" for part in projections} | mlps
+    else:
+        assert leaves == {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_recomputed_blocks_give_the_same_gradients(tiny_vit: Models, small: Small, name: str) -> None:
+    """Every host is told so in its own library's words; each block then runs twice a step."""
+    model, call = lineate.convert(HOSTS[name](tiny_vit), "t5" if name == "timm" else name), CALLS[name]()
+    blocks, runs, found = family(record(model).family).blocks(model), [], []
+    for block in blocks:
+        block.register_forward_pre_hook(lambda *_: runs.append(1))
+    for again in (False, True):
+        choose(model, small(grad_checkpointing=again))
+        train_mode(model, "ft")
+        torch.manual_seed(0)
+        output = model(*call)
+        (output if isinstance(output, torch.Tensor) else output[0]).square().mean().backward()
+        found.append((len(runs), gradients(model)))
+    assert (found[0][0], found[1][0]) == (len(blocks), 3 * len(blocks))
+    for part, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][part], gradient)
+
+
+def test_what_a_model_cannot_do_is_known_before_anything_is_done(small: Small) -> None:
+    class Plain(nn.Linear):
+        """No host."""
+
+    with pytest.raises(TrainError, match="a Plain cannot compute its blocks again; choices here: false"):
+        check(Plain(2, 2), small(grad_checkpointing=True))
 
 
 def test_lora_leaves_weights_that_were_drawn_anew_whole(converted: Models, small: Small) -> None:

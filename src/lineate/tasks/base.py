@@ -14,8 +14,9 @@ from lineate import runs
 from lineate.calibrate import CalibrationConfig, CalibrationResult
 from lineate.convert import Conversion
 from lineate.evaluate import Progress
-from lineate.train import TrainError
+from lineate.train import TrainError, protocols
 from lineate.train.config import TrainConfig
+from lineate.train.data import Ordered
 from lineate.train.loop import Lesson
 
 Say = Callable[[str], None]
@@ -75,9 +76,15 @@ class Task(ABC):
     def load(self) -> None:
         """Load and convert `model`, on the CPU. Raises if it does not fit the data."""
 
-    @abstractmethod
     def check(self, processes: int) -> None:
-        """Raise `TrainError` if the data do not fill one step of so many processes, or for settings that mean nothing here."""
+        """Raise `TrainError` if the model cannot learn as asked, or the data do not fill one step of so many processes."""
+        protocols.check(self.model, self.plan.train)
+        Ordered(self.pictures, self.plan.train).steps(processes)
+
+    @property
+    @abstractmethod
+    def pictures(self) -> int:
+        """How many there are to learn from."""
 
     def calibrate(self, progress: Progress) -> CalibrationResult | None:
         """Fit the new parameters first, where the plan asks for that."""

@@ -11,7 +11,6 @@ from lineate.evaluate.top1 import Top1
 from lineate.linearize import check_readable, crops, fit, load_pair
 from lineate.tasks.base import Say, Task, TrainPlan
 from lineate.train.classify import lesson, match, measure, open_splits
-from lineate.train.data import Ordered
 from lineate.train.loop import Lesson
 from lineate.train.randomness import HOST, derive, left_alone, seed_all
 
@@ -38,10 +37,15 @@ class Classification(Task):
         self.model, self.name = self.pair.converted, self.pair.source.name
         self.splits = match(splits, self.model, drawn=plan.scratch, by_number=plan.labels_by_number, say=self.say)
 
+    @property
+    def pictures(self) -> int:
+        """Those of the split, or of an epoch of a stream."""
+        return self.splits.pictures
+
     def check(self, processes: int) -> None:
-        """By the number of pictures, and by making the lesson."""
+        """By making the lesson, too."""
+        super().check(processes)
         plan = self.plan
-        Ordered(self.splits.pictures, plan.train).steps(processes)
         distills = plan.train.distill.logits or plan.train.distill.features
         self.taught = lesson(self.pair.source, self.splits, plan.train, self.pair.original if distills else None)
 

@@ -16,7 +16,6 @@ from lineate.tasks.base import Say, Task, TrainPlan
 from lineate.text2image.autoencoder import GenerateError, load_autoencoder, pixels_a_latent
 from lineate.train import TrainError
 from lineate.train.config import Distill
-from lineate.train.data import Ordered
 from lineate.train.diffusion import denoising
 from lineate.train.latents import CachedBatches, cache, check_flips
 from lineate.train.loop import Lesson
@@ -92,10 +91,15 @@ class Denoising(Task):
         """As asked, or what the model was made for."""
         return self.plan.image_size or self.made_by.shape[-1] * self._factor
 
+    @property
+    def pictures(self) -> int:
+        """All of the split."""
+        return len(self.data)
+
     def check(self, processes: int) -> None:
-        """By the number of pictures, and by how they are varied."""
+        """By how pictures are varied, too."""
         check_flips(self.plan.train)
-        Ordered(len(self.data), self.plan.train).steps(processes)
+        super().check(processes)
 
     def lesson(self, together: Any, progress: Progress) -> Lesson:
         """Noise or velocity on the cache, which is made here where it is not there."""

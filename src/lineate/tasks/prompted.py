@@ -15,7 +15,6 @@ from lineate.text2image.captioned import open_captioned
 from lineate.text2image.pipelines import encoders, load_pipeline, put_aside
 from lineate.train import TrainError
 from lineate.train.config import Distill
-from lineate.train.data import Ordered
 from lineate.train.loop import Lesson
 from lineate.train.pairs import PairBatches, cache_pairs, check_unvaried
 from lineate.train.rectified import rectified_flow
@@ -47,9 +46,10 @@ class Prompted(Task):
         self.model = model if converted else convert(model, plan.conversion or Conversion())
         self.name = plan.source
 
-    def check(self, processes: int) -> None:
-        """By the number of pictures, whatever their sizes."""
-        Ordered(len(self.data), self.plan.train).steps(processes)
+    @property
+    def pictures(self) -> int:
+        """All, whatever their sizes."""
+        return len(self.data)
 
     @property
     def image_size(self) -> int:

@@ -72,12 +72,12 @@ class Distill(Frozen):
 
 
 class Lora(Frozen):
-    """Low-rank updates of the linear layers in the blocks whose names end in one of `targets`."""
+    """Low-rank updates of the linear layers in the blocks whose names end in one of `targets`; None: attentions and MLPs."""
 
     rank: int = Field(16, ge=1)
     alpha: int = Field(32, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
-    targets: tuple[str, ...] = Field(("qkv", "proj", "fc1", "fc2"), min_length=1)
+    targets: tuple[str, ...] | None = Field(None, min_length=1)
 
 
 class Denoise(Frozen):
@@ -104,7 +104,8 @@ class TrainConfig(Frozen):
     is for denoisers. `ema` is the decay of the averaged weights, which then are what is evaluated and what is left at the end;
     with `ema_warmup` it rises to that as timm's does, 1 - (1 + step)^(-2/3), else it is constant (DiT's). `checkpoint_steps` None
     is at every epoch's end; the last `keep` stay. `eval_epochs` 0 evaluates at the end only. `workers` has no influence on what
-    is drawn.
+    is drawn. `precision` "tf32" is fp32 with TF32's products on GPUs; with `grad_checkpointing` a block keeps its input alone,
+    and is computed again in the backward pass.
     """
 
     protocol: Protocol = "ft"
@@ -133,7 +134,8 @@ class TrainConfig(Frozen):
     ema: float | None = Field(None, gt=0, lt=1)
     ema_warmup: bool = True
 
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["no", "tf32", "bf16", "fp16"] = "no"
+    grad_checkpointing: bool = False
     compile: bool = False
     deterministic: bool = False
     seed: int = Field(0, ge=0, lt=2**63)

@@ -50,7 +50,7 @@ Evaluate = Callable[[nn.Module], dict[str, float]]
 REPLICATED = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 NAMED = 4  # parameters in one line
 # Settings that may change between a run and its resumption: they do not reach a weight.
-WITHOUT_EFFECT = {"max_steps", "checkpoint_steps", "keep", "eval_epochs", "log_steps", "tracker", "workers"}
+WITHOUT_EFFECT = {"max_steps", "checkpoint_steps", "keep", "eval_epochs", "log_steps", "tracker", "workers", "grad_checkpointing"}
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def fit(
         say = progress = _nothing
     if checkpoints.newest(out) is not None and not resume:
         raise TrainError(f"{checkpoints.folder(out)} holds a run's checkpoints; resume it, or choose another folder")
-    with left_alone(), _deterministic(config), _noting(out):
+    with left_alone(), _deterministic(config), _tf32(config), _noting(out):
         run = _prepare(accelerator, model, batches, objective, config, out, evaluate, about, say)
         learning = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
         state = checkpoints.resume(accelerator, out, run.identity, say) if resume else State()
@@ -287,7 +287,7 @@ def _accelerator(model: nn.Module, config: TrainConfig, out: Path) -> Accelerato
         AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
         cpu=device == "cpu",
-        mixed_precision=config.precision,
+        mixed_precision="no" if config.precision == "tf32" else config.precision,
         dynamo_backend="inductor" if config.compile else None,
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=str(out / "logs"),
@@ -424,6 +424,20 @@ def _deterministic(config: TrainConfig) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextmanager
+def _tf32(config: TrainConfig) -> Iterator[None]:
+    """Products of fp32 in TF32 on GPUs that have it, where the config says so; afterwards as before."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    if config.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 @contextmanager
