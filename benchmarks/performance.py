@@ -11,7 +11,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
-_BENCH = "lineate bench embedded --sizes 224,518,1022"
+_BENCH = "lineate bench embedded --sizes 224,336,518,1022"
 _GPU = "python benchmarks/ops.py --device cuda --dtype bfloat16 --batch 2 --heads 24 --loss l2"
 # name of the result file: what it shows and the command behind it, without --out
 WANTED = {
