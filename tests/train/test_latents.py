@@ -15,7 +15,7 @@ from lineate.text2image.autoencoder import GenerateError, decode, encode, load_a
 from lineate.train import TrainError
 from lineate.train.config import Augment, TrainConfig
 from lineate.train.data import Key
-from lineate.train.latents import CachedBatches, cache
+from lineate.train.latents import CachedBatches, Index, cache, read_index
 
 Small = Callable[..., TrainConfig]
 
@@ -91,6 +91,12 @@ def test_another_cache_is_not_gone_on_with(pictures: LabelledImages, tmp_path: P
         cache(pictures, tmp_path, size=16)
     with pytest.raises(TrainError, match="holds another cache: its autoencoder is None"):
         cache(pictures, tmp_path, size=32, vae=vae)
+    other = LabelledImages(pictures.images, 4 - pictures.labels, pictures.classes, source=pictures.source, split=pictures.split)
+    with pytest.raises(TrainError, match="before its pictures, labels or captions changed; give another"):
+        cache(other, tmp_path, size=32)
+    index = read_index(tmp_path, Index).model_copy(update={"digest": None})  # as it was written before it had one
+    (tmp_path / "index.json").write_text(index.model_dump_json())
+    cache(other, tmp_path, size=32)
 
 
 def test_the_stream_from_a_step_is_the_rest_of_the_whole_stream(pictures: LabelledImages, small: Small, tmp_path: Path) -> None:

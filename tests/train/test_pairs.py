@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset as Table
+from datasets import Image as Picture
 from PIL import Image
 
 from lineate.text2image.autoencoder import to_pixels
@@ -15,6 +19,7 @@ from lineate.text2image.pipelines import load_pipeline
 from lineate.text2image.texts import encode_texts
 from lineate.train import TrainError
 from lineate.train.config import Augment, TrainConfig
+from lineate.train.latents import digest
 from lineate.train.pairs import PairBatches, PairIndex, cache_pairs, fitted, sizes_near
 from lineate.train.rectified import Pairs
 
@@ -82,6 +87,33 @@ def test_caching_goes_on_where_it_stopped(cached: Path, pipe: Any, data: Caption
     assert changed == [files[1]]
     with pytest.raises(TrainError, match="holds another cache: its side is 32"):
         cache_pairs(data, cached, pipe, side=64, batch=2, per_shard=3)
+
+
+def test_a_cache_is_of_its_pictures_and_captions(cached: Path, pipe: Any, data: CaptionedImages) -> None:
+    """A caption changed since, or a picture, makes another; so do the contents of a table that lies on disk."""
+    captions = [*data.captions[:-1], "another"]
+    with pytest.raises(TrainError, match="before its pictures, labels or captions changed; give another"):
+        cache_pairs(CaptionedImages(data.table, captions, data.source), cached, pipe, side=32, batch=2, per_shard=3)
+    file = Path(data.table[3]["image"]["path"])
+    before, times = digest(data.table, data.captions), file.stat()
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    assert digest(data.table, data.captions) != before
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert digest(data.table, data.captions) == before
+    on_disk = [_table(data, turned) for turned in (0, 0, 90)]
+    one, same, other = (digest(table, ()) for table in on_disk)
+    assert one == same != other
+    assert digest(on_disk[0].select([2, 0]), ()) != digest(on_disk[0].select([0, 2]), ()) != one
+
+
+def _table(data: CaptionedImages, turned: int) -> Any:
+    """Three pictures as `datasets` has them of parquet, the last turned."""
+    rows = []
+    for index in range(3):
+        content = io.BytesIO()
+        data[index][0].rotate(turned * (index == 2)).save(content, format="BMP")  # as long as before
+        rows.append({"bytes": content.getvalue(), "path": None})
+    return Table.from_dict({"image": rows}).cast_column("image", Picture(decode=False))
 
 
 def test_batches_are_of_one_size_and_an_epoch_shows_no_picture_twice(cached: Path) -> None:

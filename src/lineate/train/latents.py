@@ -11,10 +11,11 @@ Pictures are resized (bicubic, antialiased) so that their short side fits, and c
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,11 +35,15 @@ from lineate.train.data import Batch, Key, Order, Ordered
 from lineate.train.randomness import SAMPLE, derive
 
 INDEX = "index.json"
+SAMPLED = 256  # pictures whose contents are looked at to tell one table from another
 Kind = TypeVar("Kind", bound=Frozen)
 
 
 class Index(Frozen):
-    """What a cache holds; `autoencoder` is its fingerprint, None for pixels, and `shard` the pictures a file."""
+    """What a cache holds; `autoencoder` is its fingerprint, None for pixels, and `shard` the pictures a file.
+
+    `digest` tells whether the pictures and labels are still the same; a cache of before it was kept has None.
+    """
 
     source: str
     split: str
@@ -47,6 +52,7 @@ class Index(Frozen):
     size: int
     shard: int
     autoencoder: str | None
+    digest: str | None = None
 
     @property
     def shards(self) -> int:
@@ -74,7 +80,7 @@ def cache(
     """
     index = Index(
         source=data.source, split=data.split, pictures=len(data), classes=data.classes, size=size, shard=shard,
-        autoencoder=fingerprint(vae) if vae is not None else None,
+        autoencoder=fingerprint(vae) if vae is not None else None, digest=digest(data.images, data.labels.tolist()),
     )  # fmt: skip
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
     claim_index(out, index)
@@ -147,6 +153,34 @@ def read_index(folder: Path, kind: type[Kind]) -> Kind:
         raise TrainError(f"{folder} holds no cache: {INDEX}: {str(error).splitlines()[0]}") from error
 
 
+def digest(table: Any, said: Sequence[Any]) -> str:
+    """SHA-256 that changes when the pictures of a table do, or what is said of each, without reading all of them.
+
+    Of files it takes names, sizes and times; of what lies in the table itself every name and length, and `SAMPLED` contents.
+    """
+    rows = _held(table)
+    found = hashlib.sha256(json.dumps(said).encode())
+    for name, length in rows:
+        at = Path(name).stat() if length is None and name and Path(name).is_file() else None
+        found.update(f"{name} {length if at is None else (at.st_size, at.st_mtime_ns)}\n".encode())
+    if any(length is not None for _, length in rows):
+        for index in range(0, len(rows), -(-len(rows) // SAMPLED)):
+            found.update(table[index]["image"]["bytes"] or b"")
+    return found.hexdigest()
+
+
+def _held(table: Any) -> list[tuple[str | None, int | None]]:
+    """Name and length of each stored picture; the length of a file is None. Of a table on disk no content is read."""
+    if isinstance(table, list):
+        return [(row["image"]["path"], None if row["image"]["bytes"] is None else len(row["image"]["bytes"])) for row in table]
+    import pyarrow.compute as arrow
+
+    names, contents = (arrow.struct_field(table.data.column("image"), part) for part in ("path", "bytes"))
+    held = list(zip(names.to_pylist(), arrow.binary_length(contents).to_pylist(), strict=True))
+    chosen = table._indices  # of a selection; its table holds all
+    return held if chosen is None else [held[index] for index in chosen.column(0).to_pylist()]
+
+
 def claim_index(out: Path, index: Frozen) -> None:
     """Write the index, or find that it says the same."""
     out.mkdir(parents=True, exist_ok=True)
@@ -155,7 +189,11 @@ def claim_index(out: Path, index: Frozen) -> None:
         partial.write_text(json.dumps(index.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
         os.replace(partial, out / INDEX)
     found = read_index(out, type(index)).model_dump()
-    other = [name for name, value in index.model_dump().items() if found[name] != value]
+    other = [
+        name for name, value in index.model_dump().items() if found[name] != value and (name, found[name]) != ("digest", None)
+    ]
+    if other == ["digest"]:
+        raise TrainError(f"{out} holds a cache of the same source before its pictures, labels or captions changed; give another")
     if other:
         asked = getattr(index, other[0])
         raise TrainError(f"{out} holds another cache: its {other[0]} is {found[other[0]]!r}, asked for is {asked!r}")

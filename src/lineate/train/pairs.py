@@ -34,7 +34,7 @@ from lineate.text2image.captioned import CaptionedImages
 from lineate.text2image.texts import encode_texts
 from lineate.train import TrainError
 from lineate.train.config import Augment, TrainConfig
-from lineate.train.latents import claim_index, read_index, shard_name, write_shard
+from lineate.train.latents import claim_index, digest, read_index, shard_name, write_shard
 from lineate.train.randomness import ORDER, SAMPLE, derive
 from lineate.train.rectified import Pairs
 
@@ -51,7 +51,7 @@ class Shard(Frozen):
 
 
 class PairIndex(Frozen):
-    """What a cache holds; the encoders are fingerprints."""
+    """What a cache holds; the encoders are fingerprints, and `digest` is that of pictures and captions (see `latents`)."""
 
     source: str
     side: int
@@ -59,6 +59,7 @@ class PairIndex(Frozen):
     autoencoder: str
     text_encoders: tuple[str, ...]
     shards: tuple[Shard, ...]
+    digest: str | None = None
 
 
 def cache_pairs(
@@ -78,6 +79,7 @@ def cache_pairs(
         source=data.source, side=side, stride=stride, autoencoder=fingerprint(pipe.vae),
         text_encoders=tuple(fingerprint(encoder) for encoder in encoders if encoder is not None),
         shards=tuple(_shards(data.sizes(), sizes_near(side, stride), per_shard)),
+        digest=digest(data.table, list(data.captions)),
     )  # fmt: skip
     claim_index(out, index)
     if rank == 0 and not (out / EMPTY).is_file():
