@@ -70,6 +70,41 @@ def figures(model: Path, data: Path, out: Path, *more: Any) -> dict[str, Any]:
     return found
 
 
+def test_the_split_to_measure_on_is_validation_before_test_which_hubs_leave_unlabelled(tmp_path: Path) -> None:
+    for split in ("validation", "test"):
+        write(tmp_path / "data" / f"{split}.parquet", NAMES, count=6 if split == "test" else 9)
+    assert (len(open_data(tmp_path / "data", split=None)), len(open_data(tmp_path / "data", split="test"))) == (9, 6)
+
+
+def test_columns_and_splits_that_are_named_are_read_and_kept_for_resuming(
+    tmp_path: Path, tiny_vit: Callable[..., nn.Module]
+) -> None:
+    for split in ("train", "validation", "test"):
+        file = write(tmp_path / "data" / f"{split}.parquet", NAMES, count=6 if split == "test" else 9)
+        table = pq.read_table(file)
+        kinds = {
+            "image": datasets.Image(),
+            "fine": datasets.ClassLabel(names=list(NAMES)),
+            "coarse": datasets.ClassLabel(names=["x", "y"]),
+        }
+        columns = [table["image"], table["label"], pa.array([i % 2 for i in range(len(table))], type=pa.int64())]
+        pq.write_table(pa.table(columns, schema=datasets.Features(kinds).arrow_schema), file)
+    source = lineate.save(lineate.convert(tiny_vit(num_classes=3)), tmp_path / "source")
+    train = ("train", source, "--data", tmp_path / "data", *QUICK, "--out", tmp_path / "run")
+    assert "name one with label_column (--label-column): image, fine, coarse" in refused(*train)
+    asked = ("--label-column", "fine", "--image-column", "image", "--held-out-split", "test")
+    said = done(*train, *asked).stderr
+    assert "measuring on 6 held-out pictures" in said and "split test" in said
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["data"]["held_out_split"] == "test" and run["data"]["label_column"] == "fine"
+    assert 'held_out_split was "test" and is null' in refused(*train, *asked[:4], "--resume")
+    done(*train, *asked, "--resume")
+    evaluate = ("evaluate", tmp_path / "run" / "model", "--data", tmp_path / "data")
+    found = done(*evaluate, "--label-column", "fine")
+    assert "on 9 pictures" in found.stderr and "split validation" in found.stderr
+    assert "has 2 classes (x, y), and the model has 3 classes" in refused(*evaluate, "--label-column", "coarse")
+
+
 QUICK = ("--set", "train.batch=4", "--set", "train.workers=0", "--set", "train.tracker=none", "--epochs", 1)
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMS = "a folder with a sub-folder per class, a folder or file of parquet, hf:NAME or hf:NAME:CONFIG"
-HELD_OUT = ("test", "validation")  # the splits to evaluate on, the first that is there
+HELD_OUT = ("validation", "test")  # the splits to evaluate on, the first that is there; many hubs' test splits have no labels
 _SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -201,7 +201,7 @@ def open_data(
 ) -> LabelledImages:
     """The pictures of one split of `source`, in one of the forms of the module docstring.
 
-    `split` is a name, or None for the one to evaluate on: test, else validation, else the only one. A source without splits
+    `split` is a name, or None for the one to evaluate on: validation, else test, else the only one. A source without splits
     has one, "train". Columns are found by their type where they are not named; labels may be classes, texts or whole numbers.
     With `strict`, a picture that cannot be read is an error when it is met. Raises `DataError`.
     """
@@ -328,12 +328,12 @@ def _columns(features: Mapping[str, Any], image: str | None, label: str | None, 
     from datasets import ClassLabel
 
     images = [name for name, kind in features.items() if holds_pictures(kind)]
-    image = choose_column(image, [images], "pictures", "image_column", features, source)
+    image = choose_column(image, [images], "pictures", "image_column (--image-column)", features, source)
     rest = {name: kind for name, kind in features.items() if name not in images}
     named = [name for name, kind in rest.items() if isinstance(kind, ClassLabel)]
     others = [name for name, kind in rest.items() if str(getattr(kind, "dtype", "")).lstrip("u").startswith(("int", "string"))]
     usual = [name for name in others if name in ("label", "labels")]
-    return image, choose_column(label, [named, usual, others], "labels", "label_column", features, source)
+    return image, choose_column(label, [named, usual, others], "labels", "label_column (--label-column)", features, source)
 
 
 def holds_pictures(kind: Any) -> bool:

@@ -104,7 +104,18 @@ def _about(plan: TrainPlan) -> dict[str, Any]:
         "scratch": plan.scratch,
         "calibration": plan.calibration.model_dump(mode="json") if plan.photographs else None,
         "photographs": [str(path) for path in plan.photographs],
+        "held_out_split": plan.held_out_split,
+        "image_column": plan.image_column,
+        "label_column": plan.label_column,
     }
+
+
+def _read_as(plan: TrainPlan) -> dict[str, Any]:
+    """What was said of the data's columns and labels."""
+    named = {name: getattr(plan, name) for name in ("image_column", "label_column")}
+    return {name: column for name, column in named.items() if column is not None} | (
+        {"labels_by_number": True} if plan.labels_by_number else {}
+    )
 
 
 def _written(
@@ -123,5 +134,5 @@ def _written(
         "held_out": figures.model_dump(mode="json") if figures is not None else None,
         "images": told["images"],
     }
-    asked = {"recipe": plan.recipe, "data": told["data"], "command": list(plan.command)}
+    asked = {"recipe": plan.recipe, "data": told["data"] | _read_as(plan), "command": list(plan.command)}
     return about | asked | {"seconds": clock.read(), "results": results}

@@ -73,6 +73,9 @@ class Plan:
     overwrite: bool = False
     device: str = "cpu"
     data: str | None = None
+    held_out_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
     labels_by_number: bool = False
     train: TrainConfig | None = None
     command: tuple[str, ...] = field(default_factory=lambda: tuple(runs.command_line()))
@@ -278,7 +281,9 @@ def _taught(plan: Plan, pair: Pair, say: Say) -> tuple[Splits, Lesson] | None:
     from lineate.train.data import Ordered
     from lineate.train.loop import check
 
-    splits = open_splits(plan.data)
+    splits = open_splits(
+        plan.data, held_out_split=plan.held_out_split, image_column=plan.image_column, label_column=plan.label_column
+    )
     Ordered(splits.pictures, plan.train).steps(processes=1)
     check(pair.converted, plan.train, plan.out)
     splits = match(splits, pair.converted, by_number=plan.labels_by_number, say=say)
@@ -296,7 +301,7 @@ def _train(plan: Plan, pair: Pair, splits: Splits, taught: Lesson, say: Say, pro
         pair.converted, taught.batches, taught.objective, plan.train, plan.out, evaluate=taught.evaluate, say=say,
         progress=progress,
     )  # fmt: skip
-    say(f"measuring both models on {len(splits.held_out)} held-out pictures")
+    say(f"measuring both models on {len(splits.held_out)} held-out pictures of split {splits.held_out.split}")
     transform, batch = prepare(pair.source).transform(), plan.train.batch
     before = top_k(pair.original, splits.held_out, transform, batch=batch, workers=plan.train.workers, progress=progress)
     after = measure(pair.converted, pair.source, splits, plan.train)

@@ -29,8 +29,11 @@ from lineate.cli.options import (
     Device,
     Epochs,
     HeldOut,
+    HeldOutSplit,
+    ImageColumn,
     Images,
     ImageSize,
+    LabelColumn,
     LabelsByNumber,
     Out,
     OutFile,
@@ -168,6 +171,7 @@ def linearize(
     set_: Set = None, image_size: ImageSize = None, seed: Seed = None, sizes: Sizes = None, overwrite: Overwrite = False,
     device: Device = "cpu",
     data: Annotated[str | None, typer.Option(metavar="DATA", help=f"Labelled images to train on: {FORMS}.")] = None,
+    held_out_split: HeldOutSplit = None, image_column: ImageColumn = None, label_column: LabelColumn = None,
     labels_by_number: LabelsByNumber = False, recipe: Recipe = None, epochs: Epochs = None,
 ) -> None:  # fmt: skip
     """Convert, calibrate, with --data train, measure fidelity, time, and write OUT/report.html beside OUT/model."""
@@ -185,8 +189,8 @@ def linearize(
     else:
         measured = tuple(find_images(held_out))
     _run(_plan(settings, sizes, image_size, source=source, photographs=photographs, held_out=measured, out=out,
-               overwrite=overwrite, device=device, data=data, labels_by_number=labels_by_number,
-               train=settings.train))  # fmt: skip
+               overwrite=overwrite, device=device, data=data, held_out_split=held_out_split, image_column=image_column,
+               label_column=label_column, labels_by_number=labels_by_number, train=settings.train))  # fmt: skip
 
 
 @app.command()
@@ -194,6 +198,7 @@ def train(
     source: SourceArgument, data: Data,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write, or to go on in with --resume.")],
     held_out_data: Annotated[str | None, typer.Option(metavar="DATA", help="What to measure on (default: in --data).")] = None,
+    held_out_split: HeldOutSplit = None, image_column: ImageColumn = None, label_column: LabelColumn = None,
     preset: Preset = None, recipe: Recipe = None, epochs: Epochs = None, config: Config = None, set_: Set = None,
     calibrate_on: Annotated[Path | None, typer.Option(metavar="DIR", help="Photographs to calibrate on before.")] = None,
     scratch: Annotated[bool, typer.Option("--scratch", help="Draw the weights of timm:NAME or dit:NAME, not load them.")] = False,
@@ -214,6 +219,7 @@ def train(
     assert settings.train is not None
     plan = TrainPlan(
         source, data, out, settings.conversion, settings.train, settings.calibration, held_out=held_out_data,
+        held_out_split=held_out_split, image_column=image_column, label_column=label_column,
         photographs=tuple(find_images(calibrate_on)) if calibrate_on is not None else (), preset=settings.preset,
         recipe=settings.recipe, scratch=scratch, image_size=image_size if image_size is not None else settings.image_size,
         stream=stream, strict=strict_data, labels_by_number=labels_by_number, resume=resume, overwrite=overwrite, device=device,
@@ -304,7 +310,7 @@ def bench(
 
 @app.command()
 def evaluate(
-    source: SourceArgument, data: Data, split: Split = None,
+    source: SourceArgument, data: Data, split: Split = None, image_column: ImageColumn = None, label_column: LabelColumn = None,
     against: Annotated[str | None, typer.Option(metavar="SOURCE", help="The original, to compare image by image.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at a time, in each process.")] = 64, workers: Workers = 0,
     crop_pct: CropPct = None, image_size: ImageSize = None,
@@ -325,7 +331,9 @@ def evaluate(
     with screen() as shown:
         models = {name: load_source(name, image_size=image_size) for name in (source, against) if name is not None}
         prepared = {name: top1.prepare(found, crop_pct=crop_pct) for name, found in models.items()}
-        pictures = open_data(data, split=split, strict=strict_data)
+        pictures = open_data(
+            data, split=split, image_column=image_column, label_column=label_column, strict=strict_data
+        )  # fmt: skip
         pictures = pictures if limit is None else pictures.limited(limit)
         say = shown.say if first else lambda _: None
         matched = {name: top1.match(pictures, found.model, by_number=labels_by_number, say=say) for name, found in models.items()}
@@ -346,6 +354,7 @@ def evaluate(
         out.parent.mkdir(parents=True, exist_ok=True)
         runs.write_json(out, {
             "source": source, "against": against, "data": data, "split": pictures.split, "limit": limit,
+            "image_column": image_column, "label_column": label_column,
             "command": runs.command_line(), "created": runs.now(), "environment": runs.environment(place),
             "preprocessing": {name: found.model_dump(mode="json") for name, found in prepared.items()},
             "models": {name: outcome.figures.model_dump(mode="json") for name, outcome in outcomes.items()},

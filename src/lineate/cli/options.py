@@ -31,9 +31,14 @@ ImageSize = Annotated[int | None, typer.Option(metavar="PX", help="Side of the p
 Sizes = Annotated[str | None, typer.Option(metavar="PX,...", help="Sizes to time at: 224,448 or 448x672.")]
 FORMS = "a folder with a sub-folder per class, a folder or file of parquet, hf:NAME or hf:NAME:CONFIG"
 Data = Annotated[str, typer.Option(metavar="DATA", help=f"Labelled images: {FORMS}.")]
-Split = Annotated[str | None, typer.Option(help="Which part of DATA (default: test, else validation, else the only one).")]
+Split = Annotated[str | None, typer.Option(help="Which part of DATA (default: validation, else test, else the only one).")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read and decode pictures.")]
 StrictData = Annotated[bool, typer.Option("--strict-data", help="Stop at a picture that cannot be read; default: leave it out.")]
+ImageColumn = Annotated[str | None, typer.Option(metavar="NAME", help="Where DATA has its pictures (default: found by type).")]
+LabelColumn = Annotated[str | None, typer.Option(metavar="NAME", help="Where DATA has its labels (default: found by type).")]
+HeldOutSplit = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Split to measure on (default: validation, else test, else the only one).")
+]
 LabelsByNumber = Annotated[
     bool, typer.Option("--labels-by-number", help="Labels count as the model's classes do, whatever the names say.")
 ]

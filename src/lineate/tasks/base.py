@@ -27,9 +27,9 @@ class TrainPlan:
     """All that `train` needs to know. `conversion` is None for a source that is converted already.
 
     With `scratch` the host's weights are drawn, not pretrained: a baseline. The options at the end are for some tasks and are
-    refused by the others. Of classes: `held_out`, the data to measure on where it is not a split of `data`; `photographs`,
-    calibrated on first; `stream`, so many pictures an epoch, read in passing. Of denoisers: `vae`, a folder of diffusers'
-    AutoencoderKL, and `cache`, where pictures are kept made ready (None: beside `out`).
+    refused by the others. Of classes: `held_out`, the data to measure on where it is not a split of `data`, and `held_out_split`,
+    which of its splits; `photographs`, calibrated on first; `stream`, so many pictures an epoch, read in passing. Of denoisers:
+    `vae`, a folder of diffusers' AutoencoderKL, and `cache`, where pictures are kept made ready (None: beside `out`).
     """
 
     source: str
@@ -43,6 +43,9 @@ class TrainPlan:
     recipe: str | None = None
     image_size: int | None = None
     strict: bool = False
+    held_out_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
     labels_by_number: bool = False
     resume: bool = False
     overwrite: bool = False

@@ -25,7 +25,10 @@ class Classification(Task):
         super().__init__(plan, say)
         if plan.photographs:
             check_readable(plan.photographs)
-        self.splits = open_splits(plan.data, plan.held_out, stream=plan.stream, strict=plan.strict)
+        self.splits = open_splits(
+            plan.data, plan.held_out, held_out_split=plan.held_out_split, image_column=plan.image_column,
+            label_column=plan.label_column, stream=plan.stream, strict=plan.strict,
+        )  # fmt: skip
 
     def load(self) -> None:
         """Source and conversion; from scratch, the same weights in every process."""
@@ -65,7 +68,8 @@ class Classification(Task):
 
     def measure(self) -> Top1:
         """Top-1 on the held-out pictures."""
-        self.say(f"measuring on {len(self.splits.held_out)} held-out pictures")
+        held_out = self.splits.held_out
+        self.say(f"measuring on {len(held_out)} held-out pictures of {held_out.source}, split {held_out.split}")
         return measure(self.model, self.pair.source, self.splits, self.plan.train).figures
 
     def told(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ LATENTS_OF_PX = 256  # the pictures that a DiT drawn anew learns through an auto
 class Denoising(Task):
     """A class-conditional denoiser; it is measured by its pictures, with `lineate generate` and `lineate fid`."""
 
-    unfit = ("held_out", "photographs", "stream")
+    unfit = ("held_out", "held_out_split", "photographs", "stream")
 
     def __init__(self, plan: TrainPlan, say: Say) -> None:
         """Open pictures and autoencoder."""
@@ -36,7 +36,9 @@ class Denoising(Task):
             raise TrainError("distill is for classifiers; leave it out")
         if plan.train.denoise.taught:
             raise TrainError("denoise.taught is for pipelines of text to image; leave it out")
-        self.data = open_data(plan.data, split="train", strict=plan.strict)
+        self.data = open_data(
+            plan.data, split="train", image_column=plan.image_column, label_column=plan.label_column, strict=plan.strict
+        )
         self.vae: Any = load_autoencoder(plan.vae) if plan.vae is not None else None
         self.folder = plan.cache or plan.out.with_name(f"{plan.out.name}.cache")
 

@@ -23,7 +23,10 @@ from lineate.train.rectified import rectified_flow
 class Prompted(Task):
     """A text-to-image model; it is measured by its pictures, with `lineate generate --prompts`."""
 
-    unfit = ("held_out", "photographs", "stream", "vae", "scratch")
+    unfit = (
+        "held_out", "held_out_split", "image_column", "label_column", "labels_by_number", "photographs", "stream",
+        "vae", "scratch",
+    )  # fmt: skip
 
     def __init__(self, plan: TrainPlan, say: Say) -> None:
         """Open the pictures."""

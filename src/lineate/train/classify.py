@@ -29,19 +29,21 @@ class Splits:
     pictures: int
 
 
-def open_splits(data: str, held_out: str | None = None, *, stream: int | None = None, strict: bool = False) -> Splits:
-    """The train split of `data`, and the held-out one of `held_out`, which is `data` where not said.
+def open_splits(
+    data: str, held_out: str | None = None, *, held_out_split: str | None = None, stream: int | None = None, **options: Any
+) -> Splits:
+    """The train split of `data`, and the held-out one of `held_out`, which is `data` where not said; `options` are `open_data`'s.
 
     With `stream`, so many pictures an epoch are learned from in passing. Raises `DataError` also if the two splits are the same
     or differ in their classes.
     """
     learned: LabelledImages | StreamedImages
     if stream is None:
-        learned = open_data(data, split="train", strict=strict)
+        learned = open_data(data, split="train", **options)
         pictures = len(learned)
     else:
-        learned, pictures = open_stream(data, split="train", strict=strict), stream
-    measured = open_data(held_out or data, split=None, strict=strict)
+        learned, pictures = open_stream(data, split="train", **options), stream
+    measured = open_data(held_out or data, split=held_out_split, **options)
     if (learned.source, learned.split) == (measured.source, measured.split):
         raise DataError(f"{data} has no split to measure on, only {learned.split!r}; give one with --held-out-data")
     if different := difference(learned.classes, measured.classes):
