@@ -31,6 +31,7 @@ from lineate.mixers import MIXERS, TokenMixer
 from lineate.mixers.base import Frozen
 from lineate.mixers.linear import LinearConfig
 from lineate.mixers.ttt import TTTConfig
+from lineate.recipes import RECIPES
 from lineate.report.run import load_run
 from lineate.settings import SettingsError, parse_sizes, read_settings
 
@@ -231,6 +232,7 @@ def test_a_delta_holds_the_cores_alone(tmp_path: Path, weights: str) -> None:
 
 
 def test_presets_and_version() -> None:
+    assert all(f"│ {name} " in done("recipes") for name in RECIPES)
     shown = done("presets")
     assert all(f"│ {name} " in shown for name in PRESETS)
     assert done("--version").strip() == f"lineate {lineate.__version__}"

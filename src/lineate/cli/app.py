@@ -51,7 +51,7 @@ from lineate.cli.options import (
 )
 from lineate.cli.options import settings as read
 from lineate.cli.score import dpg, geneval, prompts, shapes
-from lineate.cli.terminal import Screen, screen, show, show_accuracy, show_conversions, show_cost
+from lineate.cli.terminal import Screen, screen, show, show_accuracy, show_conversions, show_cost, show_recipes
 
 if TYPE_CHECKING:
     from lineate.linearize import Plan
@@ -402,6 +402,14 @@ def presets() -> None:
     from lineate.convert import PRESETS
 
     show_conversions(PRESETS)
+
+
+@app.command()
+def recipes() -> None:
+    """The named trainings and their main numbers; any field can be changed with --set train.FIELD=VALUE."""
+    from lineate.recipes import RECIPES
+
+    show_recipes(RECIPES)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lineate.evaluate.top1 import Paired, Top1
     from lineate.report.run import Run
     from lineate.statistics import Interval
+    from lineate.train.config import TrainConfig
 
 
 class Screen:
@@ -70,6 +71,18 @@ def show_conversions(conversions: Mapping[str, Conversion]) -> None:
     table = Table("preset", "what it is", show_lines=True)
     for name, conversion in conversions.items():
         table.add_row(name, escape(_words(conversion)))
+    Console(highlight=False).print(table)
+
+
+def show_recipes(recipes: Mapping[str, Callable[[], TrainConfig]]) -> None:
+    """A row a recipe: its name, what it is, and its main numbers under the names that --set train.NAME=VALUE takes."""
+    table = Table("recipe", "what it is", show_lines=True)
+    for name, make in recipes.items():
+        config = make()
+        length = "epochs" if config.steps is None else "steps"
+        main = ("protocol", length, "batch", "lr", "lr_base_size", "min_lr", "new_lr_multiplier", "weight_decay", "ema")
+        fields = ", ".join(f"{key}={value}" for key in main if (value := getattr(config, key)) is not None)
+        table.add_row(name, escape(f"{(inspect.getdoc(make) or name).splitlines()[0]}\n{fields}"))
     Console(highlight=False).print(table)
 
 
