@@ -203,17 +203,38 @@ def test_bad_settings_are_found_before_any_long_work(
     assert not (tmp_path / "run").exists()
 
 
-def test_linearize_trains_after_it_calibrated(tmp_path: Path, unconverted: str, data: Path) -> None:
+def test_linearize_trains_after_it_calibrated(
+    tmp_path: Path, unconverted: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linearize, "draw", lambda *_: [])  # most of a run's time at this size
+    monkeypatch.setattr(linearize, "REPEATS", 3)
     command = ("linearize", unconverted, "--images", data / "test", "--out", tmp_path / "run", "--sizes", "32")
     quick = ("--set", "calibration.steps=2", "--set", "calibration.pool=4")
     assert "--epochs is for training, which needs --data" in refused(*command, "--epochs", 1)
     assert "train.lr cannot be set where nothing is trained" in refused(*command, "--set", "train.lr=1")
-    done(*command, *quick, *QUICK, "--data", data, "--epochs", 1, "--recipe", "t5-freeze")
+    assert "--resume is for training, which needs --data" in refused(*command, "--resume")
+    training = (*quick, *QUICK, "--data", data, "--epochs", 1, "--recipe", "t5-freeze")
+    printed = done(*command, *training).stdout
+    assert "top-1 %" in printed and "McNemar's exact p" in printed
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert load_run(tmp_path / "run").results.fidelity is not None
     assert run["results"]["training"]["steps"] == 5
     assert run["results"]["held_out"]["original"]["images"] == run["results"]["held_out"]["converted"]["images"] == 20
     assert run["results"]["held_out"]["p"] <= 1 and run["config"]["train"]["protocol"] == "freeze"
+    # Stopped in the middle it goes on from there, with the calibration as it was.
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "2 were launched; many train: accelerate launch -m lineate train" in refused(*command, *training, "--overwrite")
+    monkeypatch.delenv("WORLD_SIZE")
+    whole = lineate.load(tmp_path / "run" / "model").state_dict()
+    stopped = (*training, "--set", "train.checkpoint_steps=1")
+    done(*command, *stopped, "--set", "train.max_steps=3", "--overwrite")
+    assert "pass --resume to go on with it" in refused(*command, *stopped)
+    with monkeypatch.context() as patched:
+        patched.setattr(linearize, "calibrate", lambda *_, **__: pytest.fail("calibrated again"))
+        assert "resuming from" in done(*command, *stopped, "--resume").stderr
+    resumed = json.loads((tmp_path / "run" / "run.json").read_text())["results"]
+    assert resumed["calibration"]["sites"] == run["results"]["calibration"]["sites"] and resumed["training"]["steps"] == 5
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in lineate.load(tmp_path / "run" / "model").state_dict().items())
     done(*command, *quick, "--overwrite")
     assert not (tmp_path / "run" / "checkpoints").exists()
 

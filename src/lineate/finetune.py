@@ -7,8 +7,7 @@ whole, RUN/run.json says what it takes to repeat it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from lineate.evaluate.top1 import processes
 from lineate.linearize import Clock, _nothing, describe, tensor_counts
 from lineate.tasks import task_of
 from lineate.tasks.base import Say, Task, TrainPlan
-from lineate.train import checkpoints
 from lineate.train.loop import FitResult, check, fit
 
 
@@ -43,7 +41,7 @@ def train(plan: TrainPlan, *, say: Say = _nothing, progress: Progress = _nothing
     first = together is None or together.is_main_process
     say, progress = (say, progress) if first else (_nothing, _nothing)
     if first:
-        check_folder(plan)
+        runs.check_resumable(plan.out, plan.overwrite, plan.resume)
     task = task_of(plan, say)
     say(f"loading {plan.source}")
     with clock("load"):
@@ -52,10 +50,10 @@ def train(plan: TrainPlan, *, say: Say = _nothing, progress: Progress = _nothing
     task.model.to(together.device if together is not None else place)
     check(task.model, plan.train, plan.out)
     calibration = None
-    if not (plan.resume and checkpoints.newest(plan.out) is not None):  # a checkpoint has what became of it
+    if not (plan.resume and runs.has_checkpoint(plan.out)):  # a checkpoint has what became of it
         with clock("calibrate"):
             calibration = task.calibrate(progress)
-    with _folder(plan, first):
+    with runs.training_folder(plan.out, plan.overwrite, plan.resume) if first else nullcontext():
         if together is not None:
             together.wait_for_everyone()
         with clock("prepare"):
@@ -72,29 +70,6 @@ def train(plan: TrainPlan, *, say: Say = _nothing, progress: Progress = _nothing
         saved = checkpoint.save(task.model, plan.out / "model", overwrite=True)
         runs.write_json(plan.out / "run.json", _written(plan, task, calibration, result, figures, clock))
     return Trained(saved, figures)
-
-
-def check_folder(plan: TrainPlan) -> None:
-    """Raise `RunError` if what stands at `plan.out` must be neither replaced nor resumed."""
-    if plan.resume and plan.overwrite:
-        raise runs.RunError("--resume goes on with what --overwrite would remove; give one of them")
-    if plan.out.is_dir() and not plan.overwrite and checkpoints.newest(plan.out) is not None:
-        if not plan.resume:
-            raise runs.RunError(f"{plan.out} holds a run; pass --resume to go on with it, or --overwrite to replace it")
-        return
-    if not plan.resume or not (plan.out / checkpoints.HISTORY).is_file():
-        runs.check_folder(plan.out, plan.overwrite)
-
-
-@contextmanager
-def _folder(plan: TrainPlan, first: bool) -> Iterator[None]:
-    """The run's folder, the old one or a new one, with a history that marks it as a run."""
-    if not first or (plan.resume and plan.out.is_dir()):
-        yield
-        return
-    with runs.run_folder(plan.out, plan.overwrite):
-        (plan.out / checkpoints.HISTORY).touch()
-        yield
 
 
 def _about(plan: TrainPlan) -> dict[str, Any]:

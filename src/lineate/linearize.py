@@ -1,12 +1,14 @@
 """The main job, start to finish: load -> convert -> calibrate (-> train) -> measure fidelity -> time -> draw -> RUN/report.html.
 
 All that can be checked is checked before the first long step. RUN/model is saved as soon as it is calibrated, and stays
-whatever happens after; RUN/run.json, written near the end, marks a whole run and holds what it takes to repeat it.
+whatever happens after, and so do the checkpoints of a training, for --resume; RUN/run.json, written near the end, marks a whole
+run and holds what it takes to repeat it.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -56,7 +58,8 @@ def _nothing(*_: object) -> None:
 class Plan:
     """All that `linearize` needs to know. `conversion` is None for a source that is converted already.
 
-    With `data`, labelled images, the model is trained as `train` says once it is calibrated.
+    With `data`, labelled images, the model is trained as `train` says once it is calibrated; `held_out_data`, `stream` and
+    `strict` are as in `TrainPlan`, and `resume` goes on from the newest checkpoint of that training, or begins.
     Sizes (h, w) and `image_size` are in px; None means the source's own size, and `SIZES_PX`.
     """
 
@@ -78,6 +81,10 @@ class Plan:
     label_column: str | None = None
     labels_by_number: bool = False
     train: TrainConfig | None = None
+    held_out_data: str | None = None
+    stream: int | None = None
+    strict: bool = False
+    resume: bool = False
     command: tuple[str, ...] = field(default_factory=lambda: tuple(runs.command_line()))
 
 
@@ -215,7 +222,13 @@ def linearize(plan: Plan, *, say: Say = _nothing, progress: Progress = _nothing)
     saved there, which a note on the error says. Ctrl-C likewise.
     """
     clock = Clock()
-    runs.check_folder(plan.out, plan.overwrite)
+    runs.check_alone("linearize")
+    if plan.data is not None:
+        runs.check_resumable(plan.out, plan.overwrite, plan.resume)
+        folder = runs.training_folder(plan.out, plan.overwrite, plan.resume)
+    else:
+        runs.check_folder(plan.out, plan.overwrite)
+        folder = runs.run_folder(plan.out, plan.overwrite)
     runs.find_device(plan.device)
     check_images(plan.photographs, plan.held_out)
     say(f"loading {plan.source}")
@@ -224,22 +237,20 @@ def linearize(plan: Plan, *, say: Say = _nothing, progress: Progress = _nothing)
     sizes = choose_sizes(pair.original, plan.sizes, pair.source.multiple)
     held_out, skipped = read_held_out(pair.source, plan.held_out)
     taught = _taught(plan, pair, say)
-    with runs.run_folder(plan.out, plan.overwrite):
+    with folder:
         pool = crops(pair.source, plan.photographs, plan.calibration, plan.seed)
-        say(f"calibrating {len(record(pair.converted).sites)} sites on {pool.count} crops of {len(pool.paths)} photographs")
         with clock("fidelity"):
             before = measure_uncalibrated(pair, list(held_out.values()))
         with clock("calibrate"):
-            calibration = fit(pair.converted, pool, plan.calibration, progress)
-        checkpoint.save(pair.converted, plan.out / "model")
+            calibration = _calibrated(plan, pair, pool, say, progress)
         trained = {}
         if taught is not None:
             with clock("train"):
                 trained = _train(plan, pair, *taught, say, progress)
             checkpoint.save(pair.converted, plan.out / "model", overwrite=True)
-        skipped |= pool.skipped
-        if skipped:
-            say(f"skipped {len(skipped)} unreadable: {', '.join(path.name for path in skipped)}")
+        unread = {str(path): reason for path, reason in skipped.items()} | calibration["skipped"]
+        if unread:
+            say(f"skipped {len(unread)} unreadable: {', '.join(Path(path).name for path in unread)}")
         say(f"measuring fidelity on {len(held_out)} held-out photographs")
         with clock("fidelity"):
             after = fidelity(pair.original, pair.converted, held_out.values())
@@ -252,16 +263,16 @@ def linearize(plan: Plan, *, say: Say = _nothing, progress: Progress = _nothing)
         results = {
             "tensors": tensor_counts(pair.converted),
             "sites": record(pair.converted).sites,
-            "calibration": calibration.model_dump(mode="json"),
+            "calibration": calibration["result"],
             "fidelity_before": before.model_dump(mode="json") if before else None,
             "fidelity": after.model_dump(mode="json"),
             "cost": costs.model_dump(mode="json"),
             "key_shift": shift,
             **trained,
             "images": {
-                "calibration": len(pool.paths) - len(pool.skipped),
+                "calibration": len(pool.paths) - len(calibration["skipped"]),
                 "held_out": len(held_out),
-                "skipped": {str(path): reason for path, reason in skipped.items()},
+                "skipped": unread,
             },
         }
         done = {"seconds": clock.read(), "results": results, "pictures": [picture.model_dump() for picture in drawn]}
@@ -273,6 +284,30 @@ def linearize(plan: Plan, *, say: Say = _nothing, progress: Progress = _nothing)
         return render(plan.out)
 
 
+def _calibrated(plan: Plan, pair: Pair, pool: Crops, say: Say, progress: Progress) -> dict[str, Any]:
+    """Calibrate and save the model; what came of it, and the photographs that could not be read.
+
+    Where a training goes on, its checkpoint holds what became of the model, and RUN/calibration.json what came of it.
+    """
+    file = plan.out / "calibration.json"
+    if plan.resume and runs.has_checkpoint(plan.out):
+        try:
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except OSError:
+            raise runs.RunError(f"{plan.out} holds no {file.name}, so linearize did not begin it; resume with train") from None
+        return found
+    say(f"calibrating {len(record(pair.converted).sites)} sites on {pool.count} crops of {len(pool.paths)} photographs")
+    result = fit(pair.converted, pool, plan.calibration, progress)
+    done = {
+        "result": result.model_dump(mode="json"),
+        "skipped": {str(path): reason for path, reason in pool.skipped.items()},
+    }
+    checkpoint.save(pair.converted, plan.out / "model", overwrite=plan.resume)
+    if plan.data is not None:
+        runs.write_json(file, done)
+    return done
+
+
 def _taught(plan: Plan, pair: Pair, say: Say) -> tuple[Splits, Lesson] | None:
     """What to train on, with labels as the model counts its classes, and how; None where nothing is trained."""
     if plan.data is None or plan.train is None:
@@ -282,8 +317,9 @@ def _taught(plan: Plan, pair: Pair, say: Say) -> tuple[Splits, Lesson] | None:
     from lineate.train.loop import check
 
     splits = open_splits(
-        plan.data, held_out_split=plan.held_out_split, image_column=plan.image_column, label_column=plan.label_column
-    )
+        plan.data, plan.held_out_data, held_out_split=plan.held_out_split, stream=plan.stream, strict=plan.strict,
+        image_column=plan.image_column, label_column=plan.label_column,
+    )  # fmt: skip
     Ordered(splits.pictures, plan.train).steps(processes=1)
     check(pair.converted, plan.train, plan.out)
     splits = match(splits, pair.converted, by_number=plan.labels_by_number, say=say)
@@ -297,9 +333,15 @@ def _train(plan: Plan, pair: Pair, splits: Splits, taught: Lesson, say: Say, pro
 
     assert plan.train is not None
     say(f"training on {splits.pictures} pictures of {len(splits.train.classes)} classes")
+    about = {
+        "source": plan.source,
+        "calibration": plan.calibration.model_dump(mode="json"),
+        "photographs": [str(path) for path in plan.photographs],
+        "seed": plan.seed,
+    }
     result = learn(
-        pair.converted, taught.batches, taught.objective, plan.train, plan.out, evaluate=taught.evaluate, say=say,
-        progress=progress,
+        pair.converted, taught.batches, taught.objective, plan.train, plan.out, evaluate=taught.evaluate, resume=plan.resume,
+        about=about, say=say, progress=progress,
     )  # fmt: skip
     say(f"measuring both models on {len(splits.held_out)} held-out pictures of split {splits.held_out.split}")
     transform, batch = prepare(pair.source).transform(), plan.train.batch

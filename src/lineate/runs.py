@@ -27,7 +27,7 @@ import torch
 from lineate.evaluate.cost import device_name
 
 MODEL = "model/lineate.json"  # there once the model is saved whole
-RUN_PARTS = ("model", "run.json", "pictures", "report.html", "checkpoints", "history.jsonl", "logs")
+RUN_PARTS = ("model", "run.json", "pictures", "report.html", "checkpoints", "history.jsonl", "logs", "calibration.json")
 ANALYSIS_PARTS = ("analysis.json", "pictures")
 VERSIONS = ("torch", "timm", "accelerate", "datasets", "numpy", "pillow", "pydantic", "safetensors", "matplotlib")
 
@@ -49,6 +49,31 @@ def check_folder(out: Path, overwrite: bool, parts: Sequence[str] = RUN_PARTS) -
     ours = not found or any((out / mark).is_file() for mark in ("run.json", "analysis.json", "history.jsonl", MODEL))
     if foreign or not ours:
         raise RunError(f"{out} holds {(foreign or found)[0]!r}, which is no part of a run; it is not overwritten")
+
+
+def has_checkpoint(out: Path) -> bool:
+    """Whether a training at `out` left a checkpoint to go on from."""
+    return any((out / "checkpoints").glob("step_*"))
+
+
+def check_resumable(out: Path, overwrite: bool, resume: bool) -> None:
+    """Raise `RunError` if what stands at `out` must be neither replaced nor resumed."""
+    if resume and overwrite:
+        raise RunError("--resume goes on with what --overwrite would remove; give one of them")
+    if has_checkpoint(out) and not overwrite:
+        if not resume:
+            raise RunError(f"{out} holds a run; pass --resume to go on with it, or --overwrite to replace it")
+        return
+    if not resume or not (out / "history.jsonl").is_file():
+        check_folder(out, overwrite)
+
+
+def check_alone(command: str) -> None:
+    """Raise `RunError` where several processes were launched to do the same."""
+    if (launched := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise RunError(
+            f"{command} is one process's work, and {launched} were launched; many train: accelerate launch -m lineate train"
+        )
 
 
 def check_file(out: Path | None, overwrite: bool) -> None:
@@ -75,7 +100,7 @@ def run_folder(out: Path, overwrite: bool, parts: Sequence[str] = RUN_PARTS) -> 
         saved = (out / MODEL).is_file()
         if saved:
             error.add_note(f"the model in {out / 'model'} is whole and was kept")
-        if saved or any((out / "checkpoints").glob("step_*")):
+        if saved or has_checkpoint(out):
             shutil.rmtree(aside, ignore_errors=True)
         else:
             shutil.rmtree(out, ignore_errors=True)
@@ -87,6 +112,17 @@ def run_folder(out: Path, overwrite: bool, parts: Sequence[str] = RUN_PARTS) -> 
                     folder.rmdir()
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def training_folder(out: Path, overwrite: bool, resume: bool) -> Iterator[Path]:
+    """The folder of a run that can be resumed, the old one or a new one, with a history that marks it as a run."""
+    if resume and out.is_dir():
+        yield out
+        return
+    with run_folder(out, overwrite):
+        (out / "history.jsonl").touch()
+        yield out
 
 
 def find_device(name: str) -> torch.device:

@@ -29,6 +29,7 @@ from lineate.cli.options import (
     Device,
     Epochs,
     HeldOut,
+    HeldOutData,
     HeldOutSplit,
     ImageColumn,
     Images,
@@ -40,11 +41,13 @@ from lineate.cli.options import (
     Overwrite,
     Preset,
     Recipe,
+    Resume,
     Seed,
     Set,
     Sizes,
     SourceArgument,
     Split,
+    Stream,
     StrictData,
     Workers,
     converted_as,
@@ -171,16 +174,18 @@ def linearize(
     set_: Set = None, image_size: ImageSize = None, seed: Seed = None, sizes: Sizes = None, overwrite: Overwrite = False,
     device: Device = "cpu",
     data: Annotated[str | None, typer.Option(metavar="DATA", help=f"Labelled images to train on: {FORMS}.")] = None,
-    held_out_split: HeldOutSplit = None, image_column: ImageColumn = None, label_column: LabelColumn = None,
-    labels_by_number: LabelsByNumber = False, recipe: Recipe = None, epochs: Epochs = None,
+    held_out_data: HeldOutData = None, held_out_split: HeldOutSplit = None, image_column: ImageColumn = None,
+    label_column: LabelColumn = None, labels_by_number: LabelsByNumber = False, stream: Stream = None,
+    strict_data: StrictData = False, recipe: Recipe = None, epochs: Epochs = None, resume: Resume = False,
 ) -> None:  # fmt: skip
     """Convert, calibrate, with --data train, measure fidelity, time, and write OUT/report.html beside OUT/model."""
     from lineate.images import find_images
     from lineate.linearize import split
     from lineate.settings import SettingsError
 
-    if data is None and (recipe is not None or epochs is not None):
-        raise SettingsError(f"{'--recipe' if recipe is not None else '--epochs'} is for training, which needs --data")
+    training = {"--recipe": recipe, "--epochs": epochs, "--held-out-data": held_out_data, "--stream": stream, "--resume": resume}
+    if data is None and (given := [name for name, value in training.items() if value]):
+        raise SettingsError(f"{given[0]} is for training, which needs --data")
     settings = read(source, preset, config, set_, seed, trains=data is not None, recipe=recipe, epochs=epochs)
     photographs = tuple(find_images(images))
     if held_out is None:
@@ -190,23 +195,24 @@ def linearize(
         measured = tuple(find_images(held_out))
     _run(_plan(settings, sizes, image_size, source=source, photographs=photographs, held_out=measured, out=out,
                overwrite=overwrite, device=device, data=data, held_out_split=held_out_split, image_column=image_column,
-               label_column=label_column, labels_by_number=labels_by_number, train=settings.train))  # fmt: skip
+               label_column=label_column, labels_by_number=labels_by_number, train=settings.train,
+               held_out_data=held_out_data, stream=stream, strict=strict_data, resume=resume))  # fmt: skip
 
 
 @app.command()
 def train(
     source: SourceArgument, data: Data,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write, or to go on in with --resume.")],
-    held_out_data: Annotated[str | None, typer.Option(metavar="DATA", help="What to measure on (default: in --data).")] = None,
-    held_out_split: HeldOutSplit = None, image_column: ImageColumn = None, label_column: LabelColumn = None,
+    held_out_data: HeldOutData = None, held_out_split: HeldOutSplit = None, image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     preset: Preset = None, recipe: Recipe = None, epochs: Epochs = None, config: Config = None, set_: Set = None,
     calibrate_on: Annotated[Path | None, typer.Option(metavar="DIR", help="Photographs to calibrate on before.")] = None,
     scratch: Annotated[bool, typer.Option("--scratch", help="Draw the weights of timm:NAME or dit:NAME, not load them.")] = False,
     vae: Annotated[Path | None, typer.Option(metavar="DIR", help="diffusers' AutoencoderKL, for a denoiser of latents.")] = None,
     cache: Annotated[Path | None, typer.Option(metavar="DIR", help="A denoiser's pictures made ready (OUT.cache).")] = None,
-    stream: Annotated[int | None, typer.Option(min=1, metavar="N", help="Read in passing, N pictures an epoch.")] = None,
+    stream: Stream = None,
     image_size: ImageSize = None, strict_data: StrictData = False, labels_by_number: LabelsByNumber = False, seed: Seed = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT's newest checkpoint.")] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False, device: Device = "cpu",
 ) -> None:  # fmt: skip
     """Convert and train, a classifier or a denoiser, on labelled images; many devices: accelerate launch -m lineate train ..."""

@@ -42,6 +42,9 @@ HeldOutSplit = Annotated[
 LabelsByNumber = Annotated[
     bool, typer.Option("--labels-by-number", help="Labels count as the model's classes do, whatever the names say.")
 ]
+HeldOutData = Annotated[str | None, typer.Option(metavar="DATA", help="What to measure on (default: in --data).")]
+Stream = Annotated[int | None, typer.Option(min=1, metavar="N", help="Read in passing, N pictures an epoch.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from OUT's newest checkpoint.")]
 CropPct = Annotated[float | None, typer.Option(help="Share of the resized picture that is kept (default: the model's own).")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn (default: 0).")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from lineate.convert import Conversion
     from lineate.evaluate.tally import Comparison, Tally
     from lineate.evaluate.top1 import Paired, Top1
-    from lineate.report.run import Run
+    from lineate.report.run import Accuracy, Run
+    from lineate.report.run import Interval as Shown
+    from lineate.report.run import Paired as Compared
     from lineate.statistics import Interval
     from lineate.train.config import TrainConfig
 
@@ -101,7 +103,7 @@ def _words(conversion: Conversion) -> str:
 
 
 def show(run: Run) -> None:
-    """Fidelity before and after, latency, and where the two models cross."""
+    """Fidelity before and after, latency, and where the two models cross; accuracy of both where one was trained."""
     before, after = run.results.fidelity_before, run.results.fidelity
     names = {"patch_cosine": "patch tokens", "class_cosine": "class token", "pooled_cosine": "mean of patches"}
     title = f"{run.source}, {words.counted(after.images, 'held-out image')}"
@@ -113,6 +115,8 @@ def show(run: Run) -> None:
     console.print(table)
     if run.results.cost is not None:
         show_cost(run.results.cost)
+    if (held_out := run.results.held_out) is not None:
+        show_accuracy({"original": held_out.original, "trained": held_out.converted}, held_out)
     typer.echo(words.headline(run)[-1].replace(words.NBSP, " "))
 
 
@@ -130,7 +134,7 @@ def show_cost(cost: Any) -> None:
     typer.echo(words.sentence(cost.crossover_note))
 
 
-def show_accuracy(models: Mapping[str, Top1], paired: Paired | None) -> None:
+def show_accuracy(models: Mapping[str, Top1 | Accuracy], paired: Paired | Compared | None) -> None:
     """A row a model: top-1, top-5 and cross-entropy with 95 % intervals; then how two models compare."""
     images = next(iter(models.values())).images
     table = Table("model", "top-1 %", "top-5 %", "loss", title=f"{words.counted(images, 'image')}, 95 % intervals")
@@ -138,8 +142,9 @@ def show_accuracy(models: Mapping[str, Top1], paired: Paired | None) -> None:
         table.add_row(escape(name), _share(figures.top1), _share(figures.top5), f"{figures.loss:.4f}")
     Console(highlight=False).print(table)
     if paired is not None:
+        agreement = f"Same prediction on {_share(paired.agreement)} %; right" if paired.agreement is not None else "Right"
         typer.echo(
-            f"Same prediction on {_share(paired.agreement)} %; right in the original only: {paired.only_original}, "
+            f"{agreement} in the original only: {paired.only_original}, "
             f"here only: {paired.only_converted}; McNemar's exact p = {paired.p:.3g}"
         )
 
@@ -159,6 +164,6 @@ def show_scores(title: str, tallies: Sequence[Tally], comparison: Comparison | N
     Console(highlight=False).print(table)
 
 
-def _share(share: Interval | None) -> str:
+def _share(share: Interval | Shown | None) -> str:
     """A share of one and its interval, in per cent."""
     return "–" if share is None else f"{100 * share.value:.2f} ({100 * share.low:.2f} to {100 * share.high:.2f})"

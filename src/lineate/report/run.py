@@ -123,6 +123,7 @@ class Paired(Part):
 
     original: Accuracy
     converted: Accuracy
+    agreement: Interval | None = None
     only_original: int
     only_converted: int
     p: Number
