@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import lineate
 from lineate import checkpoint, linearize, pictures
 from lineate.cli import app as cli
+from lineate.cli import terminal
 from lineate.cli.app import app
 from lineate.cli.terminal import show_conversions
 from lineate.convert import PRESETS, Conversion, core_modules, record
@@ -536,3 +537,18 @@ def test_two_processes_count_every_image_once(tmp_path: Path, saved: Path, label
     assert found.stdout.count("6 images, 95 % intervals") == found.stdout.count("figures: ") == 1
     one, two = (json.loads((tmp_path / name).read_text())["models"][str(saved)] for name in ("one.json", "two.json"))
     assert one.pop("loss") == pytest.approx(two.pop("loss"), rel=1e-6) and one == two and one["images"] == 6
+
+
+def test_without_a_terminal_progress_is_a_line_a_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(0, 2000, 20))
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    shown = terminal.Screen()
+    for done in range(1, 11):
+        shown.progress(done, 10, f"epoch 1/1, loss {done}")
+    assert capsys.readouterr().err.splitlines() == [
+        "epoch 1/1, loss 4: 4 of 10, 0:02:00 left",
+        "epoch 1/1, loss 7: 7 of 10, 0:01:00 left",
+        "epoch 1/1, loss 10: 10 of 10, 0:00:00 left",
+    ]

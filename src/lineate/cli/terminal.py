@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -25,14 +27,18 @@ if TYPE_CHECKING:
     from lineate.statistics import Interval
     from lineate.train.config import TrainConfig
 
+LOG_SECONDS = 60.0
+
 
 class Screen:
-    """Status lines and one progress bar with the time left, on stderr."""
+    """Status lines and one progress bar with the time left, on stderr; a line every `LOG_SECONDS` where that is no terminal."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
         self.bar: Progress | None = None
         self.task: TaskID
+        self.began: tuple[int, float] | None = None  # the first step seen, and when; without a terminal
+        self.told = 0.0
 
     def say(self, text: str) -> None:
         """Show a line."""
@@ -40,16 +46,30 @@ class Screen:
 
     def progress(self, done: int, total: int, what: str) -> None:
         """Move the bar; it comes with the first step and goes with the last."""
+        if not self.console.is_terminal:
+            self._log(done, total, what)
+            return
         if self.bar is None:
             left = TimeRemainingColumn(compact=True)
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), left, TextColumn("left"))
-            shown = self.console.is_terminal  # a log gets no bar, and no empty line in its place
-            self.bar = Progress(*columns, console=self.console, refresh_per_second=4, transient=True, disable=not shown)
+            self.bar = Progress(*columns, console=self.console, refresh_per_second=4, transient=True)
             self.task = self.bar.add_task(what, total=total)
             self.bar.start()
         self.bar.update(self.task, completed=done, description=what)
         if done >= total:
             self.close()
+
+    def _log(self, done: int, total: int, what: str) -> None:
+        now = time.monotonic()
+        if self.began is None:
+            self.began, self.told = (done, now), now
+        first, began = self.began
+        if now - self.told >= LOG_SECONDS and done > first:
+            left = timedelta(seconds=round((now - began) / (done - first) * (total - done)))
+            self.say(f"{what}: {done} of {total}, {left} left")
+            self.told = now
+        if done >= total:
+            self.began = None
 
     def close(self) -> None:
         """Take the bar away."""

@@ -161,6 +161,7 @@ def _train(run: _Run, batches: Batches, state: State, say: Callable[[str], None]
     """All steps from `state` on; the state at the end."""
     accelerator, config, first, before = run.accelerator, run.config, state.step, state.seconds
     began = time.perf_counter()
+    aside = 0.0  # seconds that were no learning: evaluations, checkpoints
     stream = batches.stream(first, run.stop, accelerator.process_index, accelerator.num_processes)
     train_mode(run.model, config.protocol)
     for done in range(first + 1, run.stop + 1):
@@ -169,7 +170,7 @@ def _train(run: _Run, batches: Batches, state: State, say: Callable[[str], None]
         if run.average is not None:
             run.average.update(run.model, done if config.ema_warmup else None)
         elapsed = time.perf_counter() - began
-        speed = (done - first) * run.global_batch / elapsed
+        speed = (done - first) * run.global_batch / (elapsed - aside)
         state = state.after_step(losses, before + elapsed)
         progress(done, run.stop, f"epoch {_epoch(run, done)}, loss {losses['loss']:.4g}, {speed:.0f} images/s")
         if done % config.log_steps == 0:
@@ -179,11 +180,12 @@ def _train(run: _Run, batches: Batches, state: State, say: Callable[[str], None]
             metrics = _metrics(run, done)
             accelerator.log(metrics, step=done)
             state = state.after_epoch(done / run.per_epoch, done * run.global_batch, _rate(run), metrics)
-            left = timedelta(seconds=round((time.perf_counter() - began) / (done - first) * (run.stop - done)))
-            say(f"epoch {_epoch(run, done)}: {state.history[-1].figures()}; {speed:.0f} images/s, {left} left")
+            left = timedelta(seconds=round((elapsed - aside) / (done - first) * (run.stop - done)))
+            say(f"epoch {_epoch(run, done)}: {state.history[-1].figures()}; {speed:.0f} images/s, {left} of learning left")
         if done == run.stop or (ends if config.checkpoint_steps is None else done % config.checkpoint_steps == 0):
             state = state.model_copy(update={"seconds": before + time.perf_counter() - began})
             checkpoints.save(accelerator, run.out, state, run.identity, config.keep)
+        aside += time.perf_counter() - began - elapsed
     return state
 
 
