@@ -20,6 +20,7 @@ from lineate.cli.options import converted_as, settings
 from lineate.convert import PRESETS, convert, record
 from lineate.core import Neighborhood
 from lineate.families import UnsupportedModelError
+from lineate.recipes import RECIPES
 from lineate.settings import SettingsError
 from lineate.sources import SourceError, is_denoiser, load_denoiser, load_source
 from lineate.text2image.pipelines import is_pipeline
@@ -324,3 +325,13 @@ def test_a_runs_folder_is_the_model_in_it(tiny_vit: Any, tmp_path: Path) -> None
     for load, run in ((lambda text: load_source(text).model, "t5"), (load_denoiser, "dit5")):
         one, other = (load(str(tmp_path / run / part)).state_dict() for part in ("", "model"))
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_drop_path_is_given_to_a_model_when_it_is_made() -> None:
+    """From 0 in the first block to the rate in the last, the conversion beside it; elsewhere it is refused."""
+    model = convert(load_source("timm:test_vit", scratch=5, drop_path=0.1).model, "t5-paper")
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
+    assert rates == pytest.approx(torch.linspace(0, 0.1, len(rates)).tolist())
+    with pytest.raises(SourceError, match=r"drop_path is given to a model of timm's when it is made; choices: timm:NAME"):
+        load_source("embedded", drop_path=0.1)
+    assert RECIPES["deit"]().drop_path == 0.1

@@ -174,6 +174,11 @@ def load_pair(
     return Pair(source, original, converted)
 
 
+def made_with(train: TrainConfig | None) -> dict[str, Any]:
+    """What a training asks of `load_source`."""
+    return {} if train is None or train.drop_path is None else {"drop_path": train.drop_path}
+
+
 def crops(source: Source, photographs: Sequence[Path], config: CalibrationConfig, seed: int) -> Crops:
     """Random crops to calibrate `source` on, as many as the pool holds; of more photographs than that, `seed` draws as many."""
     size, mean, std = source.image_size, source.mean, source.std
@@ -233,7 +238,8 @@ def linearize(plan: Plan, *, say: Say = _nothing, progress: Progress = _nothing)
     check_images(plan.photographs, plan.held_out)
     say(f"loading {plan.source}")
     with clock("load"):
-        pair = load_pair(plan.source, plan.conversion, image_size=plan.image_size, device=plan.device)
+        options = made_with(plan.train)
+        pair = load_pair(plan.source, plan.conversion, image_size=plan.image_size, device=plan.device, **options)
     sizes = choose_sizes(pair.original, plan.sizes, pair.source.multiple)
     held_out, skipped = read_held_out(pair.source, plan.held_out)
     taught = _taught(plan, pair, say)

@@ -58,21 +58,26 @@ class Source:
     head: nn.Module | None = None
 
 
-def load_source(text: str, *, image_size: int | None = None, scratch: int | None = None) -> Source:
+def load_source(
+    text: str, *, image_size: int | None = None, scratch: int | None = None, drop_path: float | None = None
+) -> Source:
     """The source that `text` names; `image_size` (px, a multiple of the patch) replaces the model's own.
 
     With `scratch`, timm's architecture for that many classes, its weights drawn from torch's generator instead of pretrained.
+    `drop_path` is timm's drop_path_rate, which reaches training only.
 
     Raises `SourceError`; `CheckpointError` or `EmbeddedModelError` from a directory or the embedded model; and, before any
     download, `UnsupportedModelError` for a model that no conversion fits.
     """
     if scratch is not None and (not text.startswith("timm:") or "@" in text):
         raise SourceError(f"only timm:NAME can be trained from scratch, got {text!r}")
+    if drop_path is not None and not text.startswith("timm:"):
+        raise SourceError(f"drop_path is given to a model of timm's when it is made; choices: timm:NAME, got {text!r}")
     if text == "embedded":
         model, head = embedded_model()
         return _source(model, "embedded", image_size, MEAN, STD, ("pos_embed",), head)
     if text.startswith("timm:"):
-        return _timm_source(text.removeprefix("timm:"), image_size, scratch)
+        return _timm_source(text.removeprefix("timm:"), image_size, scratch, drop_path)
     if text.startswith("transformers:"):
         return _transformers_source(text.removeprefix("transformers:"), image_size)
     if text and Path(text).is_dir():
@@ -153,14 +158,14 @@ def _dit_arguments(text: str) -> dict[str, Any]:
     return found
 
 
-def _timm_source(text: str, image_size: int | None, scratch: int | None) -> Source:
+def _timm_source(text: str, image_size: int | None, scratch: int | None, drop_path: float | None) -> Source:
     import timm
 
     name, at, file = text.partition("@")
     if at and not file:
         raise SourceError(f"no file after the @ of 'timm:{text}'; choices: {FORMS}")
     _check_name(name, needs_weights=not at and scratch is None)
-    arguments = _accepted_arguments(name)
+    arguments = _accepted_arguments(name) | ({} if drop_path is None else {"drop_path_rate": drop_path})
     interpolated: tuple[str, ...] = ()
     if scratch is not None:
         model = timm.create_model(name, pretrained=False, num_classes=scratch, **arguments)

@@ -8,7 +8,7 @@ from lineate.calibrate import CalibrationResult
 from lineate.convert import record
 from lineate.evaluate import Progress
 from lineate.evaluate.top1 import Top1
-from lineate.linearize import check_readable, crops, fit, load_pair
+from lineate.linearize import check_readable, crops, fit, load_pair, made_with
 from lineate.tasks.base import Say, Task, TrainPlan
 from lineate.train.classify import lesson, match, measure, open_splits
 from lineate.train.loop import Lesson
@@ -36,7 +36,8 @@ class Classification(Task):
         with left_alone():
             seed_all(derive(HOST, plan.train.seed))
             scratch = len(splits.train.classes) if plan.scratch else None
-            self.pair = load_pair(plan.source, plan.conversion, image_size=plan.image_size, scratch=scratch)
+            options = made_with(plan.train)
+            self.pair = load_pair(plan.source, plan.conversion, image_size=plan.image_size, scratch=scratch, **options)
         self.model, self.name = self.pair.converted, self.pair.source.name
         self.splits = match(splits, self.model, drawn=plan.scratch, by_number=plan.labels_by_number, say=self.say)
 

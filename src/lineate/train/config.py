@@ -99,13 +99,14 @@ class TrainConfig(Frozen):
     `protocol`: "ft" trains everything; "freeze" the new parameters only, the rest also without dropout; "lora" the new ones
     whole and the rest by low-rank updates that are merged at the end.
     `epochs` may be a fraction; `steps`, where given, are taken instead. `max_steps` stops earlier, on the schedule of the whole.
-    `batch` is a process's share of one forward pass. `lr_base_size` None takes the rates as they are. `new_lr_multiplier` reaches
-    the warm-up and minimum rates of the new parameters too (timm's lr_scale). `loss` and `distill` are for classifiers, `denoise`
-    is for denoisers. `ema` is the decay of the averaged weights, which then are what is evaluated and what is left at the end;
-    with `ema_warmup` it rises to that as timm's does, 1 - (1 + step)^(-2/3), else it is constant (DiT's). `checkpoint_steps` None
-    is at every epoch's end; the last `keep` stay. `eval_epochs` 0 evaluates at the end only. `workers` has no influence on what
-    is drawn. `precision` "tf32" is fp32 with TF32's products on GPUs; with `grad_checkpointing` a block keeps its input alone,
-    and is computed again in the backward pass.
+    `drop_path` is the last block's stochastic depth, rising linearly up to it, in a model of timm's that is made for this run;
+    None is the model's own. `batch` is a process's share of one forward pass. `lr_base_size` None takes the rates as they are.
+    `new_lr_multiplier` reaches the warm-up and minimum rates of the new parameters too (timm's lr_scale). `loss` and `distill`
+    are for classifiers, `denoise` is for denoisers. `ema` is the decay of the averaged weights, which then are what is
+    evaluated and what is left at the end; with `ema_warmup` it rises to that as timm's does, 1 - (1 + step)^(-2/3), else it is
+    constant (DiT's). `checkpoint_steps` None is at every epoch's end; the last `keep` stay. `eval_epochs` 0 evaluates at the
+    end only. `workers` has no influence on what is drawn. `precision` "tf32" is fp32 with TF32's products on GPUs; with
+    `grad_checkpointing` a block keeps its input alone, and is computed again in the backward pass.
     """
 
     protocol: Protocol = "ft"
@@ -125,6 +126,7 @@ class TrainConfig(Frozen):
     betas: tuple[float, float] = (0.9, 0.999)
     clip_grad: float | None = Field(None, gt=0)
     new_lr_multiplier: float = Field(1.0, gt=0)
+    drop_path: float | None = Field(None, ge=0, lt=1)
 
     augment: Augment = Augment()
     loss: Literal["softmax", "bce"] = "softmax"
