@@ -112,12 +112,13 @@ def test_a_converted_backbone_takes_a_new_head(tmp_path: Path) -> None:
 
 WITHOUT = """
 import sys
-from transformers import AutoModel, Dinov2Model
-for cls in (AutoModel, Dinov2Model):
-    try:
-        cls.from_pretrained(sys.argv[1])
-    except ValueError as error:
-        print(" ".join(str(error).split())[:400])
+from transformers import AutoModel, Dinov2Model, SiglipVisionModel
+for path, host in ((sys.argv[1], Dinov2Model), (sys.argv[2], SiglipVisionModel)):
+    for cls in (AutoModel, host):
+        try:
+            cls.from_pretrained(path)
+        except ValueError as error:
+            print(" ".join(str(error).split())[:400])
 assert "lineate" not in sys.modules
 """
 WITH = """
@@ -125,7 +126,7 @@ import sys
 {imports}
 import torch
 model = AutoModel.from_pretrained(sys.argv[1])
-saved = torch.load(sys.argv[2])
+saved = torch.load(sys.argv[3])
 torch.set_num_threads(1)
 for tensor in (*model.parameters(), *model.buffers()):
     tensor.data = tensor.data.clone()  # as `aligned` does
@@ -137,16 +138,18 @@ with torch.no_grad():
 def test_other_processes_reload_it_with_lineate_and_fail_loudly_without(tmp_path: Path) -> None:
     """Whichever of the two libraries is imported first."""
     model = lineate.convert(dinov2(), "t5")
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "dinov2")
+    lineate.convert(make("SiglipVisionModel", "SiglipVisionConfig", **PLAIN), "t5").save_pretrained(tmp_path / "siglip")
     torch.save({"x": PICTURES, "y": run(model)}, tmp_path / "saved.pt")
 
     def say(code: str) -> list[str]:
-        command = [sys.executable, "-c", code, str(tmp_path), str(tmp_path / "saved.pt")]
+        command = [sys.executable, "-c", code, *(str(tmp_path / name) for name in ("dinov2", "siglip", "saved.pt"))]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
-    auto, stock = say(WITHOUT)
-    assert "`lineate_dinov2`" in auto and "does not recognize" in auto
-    assert 'attn_implementation="lineate"` is not supported' in stock
+    said = say(WITHOUT)
+    for auto, model_type in zip(said[::2], ("lineate_dinov2", "lineate_siglip_vision_model"), strict=True):
+        assert f"`{model_type}`" in auto and "does not recognize" in auto
+    assert len(said) == 4 and all('attn_implementation="lineate"` is not supported' in stock for stock in said[1::2])
     lineate_first = "import lineate; assert 'transformers' not in sys.modules\nfrom transformers import AutoModel"
     for imports in (lineate_first, "from transformers import AutoModel, Dinov2Model\nimport lineate"):
         assert say(WITH.format(imports=imports)) == ["True 2"]
