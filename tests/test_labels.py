@@ -172,8 +172,23 @@ def test_a_model_of_other_classes_is_refused(tmp_path: Path) -> None:
         check_classes(data, 1000)
     with pytest.raises(DataError, match="the model has no classifier"):
         check_classes(data, 0)
-    with pytest.raises(DataError, match="'cat' missing, 'bee' in addition"):  # "crane" stands for two classes of ImageNet
-        match_classes(data, 3, ("ant", "cat", "cat"))
+    with pytest.raises(DataError, match="'dog' missing, 'bee' in addition"):  # a cat is the model's third, and its second
+        match_classes(data, 3, ("ant", "cat", "dog"))
+    with pytest.raises(DataError, match="'car', 'bus' and 1 more missing"):
+        match_classes(data, 3, ("car", "bus", "van"))
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (("ant", "cat", "cat"), "2 of 3 names are the model's; 'cat' missing, 'bee' in addition"),  # as ImageNet's "crane"
+        (("n02219486", "n02206856", "n02121808"), "which one side has for names"),
+    ],
+)
+def test_other_names_at_the_same_numbers_are_said(tmp_path: Path, names: tuple[str, ...], reason: str) -> None:
+    said: list[str] = []
+    data = open_data(write(tmp_path / "a.parquet", NAMES), split=None)
+    assert match_classes(data, 3, names, say=said.append) is data and reason in said.pop()
 
 
 def test_models_keep_the_names_where_their_library_would(tmp_path: Path, tiny_vit: Callable[..., nn.Module]) -> None:

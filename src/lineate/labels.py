@@ -4,12 +4,14 @@
     names of a model  those that it was trained on, kept in `lineate.json`; `id2label` of transformers; `label_names` of timm
 
 Of two orders of the same names neither is wrong, so the data's labels are counted in the model's. Other names are refused: a
-model of cats answers nothing about cars. Yet the same classes may have other names (ImageNet's have WordNet's numbers in folders,
-words elsewhere, and the words differ too), so a user may say that numbers are enough.
+model of cats answers nothing about cars. Yet the same classes may have other names: ImageNet's have WordNet's numbers in folders,
+which no words can be compared with, and words elsewhere, of which a few differ while the others stand at the same number. Both
+are taken by number, and said; of whatever is refused a user may still say that numbers are enough.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
@@ -38,7 +40,7 @@ def match_classes(
     """`data` with labels that count as the model's outputs do; unless the names are equal, `say` is told how that was found.
 
     `names` are what the outputs stand for, None where the model does not say. Raises `DataError` for another number of classes,
-    and for other names, unless `by_number`.
+    and for other names (none in common, or one at another number), unless `by_number`.
     """
     check_classes(data, model_classes)
     if names is None or len(names) != model_classes:  # a head may have been replaced since it was named
@@ -50,8 +52,12 @@ def match_classes(
     if not different and not by_number:
         say(f"labels of {data.source} are matched by name: the model has the same classes in another order")
         return data.ordered(names)
-    if by_number or is_numbered(names) or is_numbered(data.classes):
+    if by_number or _unspoken(names) or _unspoken(data.classes):
         say(f"labels of {data.source} are taken by number, {'as asked' if by_number else 'which one side has for names'}")
+        return data
+    same = [name for name, other in zip(data.classes, names, strict=True) if name == other]
+    if same and not set(data.classes).difference(same) & set(names):
+        say(f"labels of {data.source} are taken by number: {len(same)} of {model_classes} names are the model's; {different}")
         return data
     raise DataError(
         f"the classes of {data.source} are not the model's: {different}; if they stand in the same order all the same, pass "
@@ -62,6 +68,11 @@ def match_classes(
 def is_numbered(classes: Sequence[str]) -> bool:
     """Whether the names are only what labels without names are called: 0, 1, 2 ..."""
     return list(classes) == [str(number) for number in range(len(classes))]
+
+
+def _unspoken(classes: Sequence[str]) -> bool:
+    """Whether the names are no words: numbers, or WordNet's (n01440764)."""
+    return is_numbered(classes) or all(re.fullmatch(r"n\d{8}", name) for name in classes)
 
 
 def difference(expected: Sequence[str], found: Sequence[str]) -> str:
