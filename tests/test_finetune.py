@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,10 +21,11 @@ import lineate
 from lineate import linearize
 from lineate.cli.app import app
 from lineate.convert import is_new, record
-from lineate.evaluate.top1 import Top1
+from lineate.evaluate.top1 import Top1, top_k
 from lineate.report.run import load_run
 from lineate.settings import SettingsError, read_settings
 from lineate.sources import Source
+from lineate.train import classify
 from lineate.train.config import TrainConfig
 
 from .tiny import VISION
@@ -285,3 +287,29 @@ def test_settings_of_a_training() -> None:
 def test_a_wrong_setting_names_its_choices(assignment: str, words: str) -> None:
     with pytest.raises(SettingsError, match="^" + words.replace(".", r"\.")):
         read_settings(trains=True, assignments=(assignment,))
+
+
+def test_unreadable_pictures_of_both_splits_are_counted_once_and_across_a_resume(
+    tmp_path: Path, saved: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where the last epoch measured the model that stays, it is not measured again."""
+    broken = tmp_path / "broken"
+    shutil.copytree(data, broken)
+    names = {*(f"train/class{label}/{label}.png" for label in range(5)), "test/class1/0.png"}
+    for name in names:
+        (broken / name).write_text("no picture")
+    measured: list[int] = []
+
+    def measure(*arguments: Any, **more: Any) -> Any:
+        measured.append(1)
+        return top_k(*arguments, **more)
+
+    monkeypatch.setattr(classify, "top_k", measure)
+    once = ("--set", "train.augment.repeats=1", "--epochs", 2)
+    command = ("train", saved, "--data", broken, *QUICK, *once, "--out", tmp_path / "run")
+    done(*command, "--set", "train.max_steps=8")  # the two steps that are left show 16 pictures of 40
+    done(*command, "--resume")
+    images = json.loads((tmp_path / "run" / "run.json").read_text())["results"]["images"]
+    assert (images["train"], images["held_out"]) == (40, 19)
+    assert {str(Path(name).relative_to(broken)) for name in images["skipped"]} == names
+    assert len(measured) == 3

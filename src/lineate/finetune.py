@@ -97,7 +97,7 @@ def _written(
     plan: TrainPlan, task: Task, calibration: CalibrationResult | None, result: FitResult, figures: Any, clock: Clock
 ) -> dict[str, Any]:
     """What run.json holds."""
-    told = task.told()
+    told = task.told(result, figures)
     about = describe(
         task.name, task.model, plan.calibration if plan.photographs else None, preset=plan.preset, seed=plan.train.seed,
         train=plan.train.model_dump(mode="json"), image_size=task.image_size,

@@ -334,7 +334,7 @@ def _taught(plan: Plan, pair: Pair, say: Say) -> tuple[Splits, Lesson] | None:
 
 def _train(plan: Plan, pair: Pair, splits: Splits, taught: Lesson, say: Say, progress: Progress) -> dict[str, Any]:
     """Train the calibrated model, and measure it and its original on what was held out; the results of both."""
-    from lineate.train.classify import measure
+    from lineate.train.classify import measure_trained
     from lineate.train.loop import fit as learn
 
     assert plan.train is not None
@@ -352,7 +352,7 @@ def _train(plan: Plan, pair: Pair, splits: Splits, taught: Lesson, say: Say, pro
     say(f"measuring both models on {len(splits.held_out)} held-out pictures of split {splits.held_out.split}")
     transform, batch = prepare(pair.source).transform(), plan.train.batch
     before = top_k(pair.original, splits.held_out, transform, batch=batch, workers=plan.train.workers, progress=progress)
-    after = measure(pair.converted, pair.source, splits, plan.train)
+    after = measure_trained(pair.converted, pair.source, splits, plan.train, taught)
     return {
         "training": result.model_dump(mode="json"),
         "held_out": compare(before, after).model_dump(mode="json"),

@@ -17,7 +17,7 @@ from lineate.evaluate import Progress
 from lineate.train import TrainError, protocols
 from lineate.train.config import TrainConfig
 from lineate.train.data import Ordered
-from lineate.train.loop import Lesson
+from lineate.train.loop import FitResult, Lesson
 
 Say = Callable[[str], None]
 
@@ -102,8 +102,8 @@ class Task(ABC):
         return None
 
     @abstractmethod
-    def told(self) -> dict[str, Any]:
-        """What run.json says of the data."""
+    def told(self, result: FitResult, figures: Any) -> dict[str, Any]:
+        """What run.json says of the data, once they were learned from and measured on."""
 
     @property
     def image_size(self) -> int:

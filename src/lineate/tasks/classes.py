@@ -10,8 +10,8 @@ from lineate.evaluate import Progress
 from lineate.evaluate.top1 import Top1
 from lineate.linearize import check_readable, crops, fit, load_pair, made_with
 from lineate.tasks.base import Say, Task, TrainPlan
-from lineate.train.classify import lesson, match, measure, open_splits
-from lineate.train.loop import Lesson
+from lineate.train.classify import lesson, match, measure_trained, open_splits
+from lineate.train.loop import FitResult, Lesson
 from lineate.train.randomness import HOST, derive, left_alone, seed_all
 
 
@@ -71,16 +71,16 @@ class Classification(Task):
         """Top-1 on the held-out pictures."""
         held_out = self.splits.held_out
         self.say(f"measuring on {len(held_out)} held-out pictures of {held_out.source}, split {held_out.split}")
-        return measure(self.model, self.pair.source, self.splits, self.plan.train).figures
+        return measure_trained(self.model, self.pair.source, self.splits, self.plan.train, self.taught).figures
 
-    def told(self) -> dict[str, Any]:
+    def told(self, result: FitResult, figures: Any) -> dict[str, Any]:
         """Both splits."""
-        plan, splits, skipped = self.plan, self.splits, self.splits.train.skipped
+        plan, splits, skipped = self.plan, self.splits, result.skipped | figures.skipped
         if skipped:
             self.say(f"skipped {len(skipped)} unreadable: {', '.join(skipped)}")
         return {
             "data": {"train": plan.data, "held_out": plan.held_out or plan.data, "held_out_split": splits.held_out.split},
-            "images": {"train": splits.pictures, "held_out": len(splits.held_out), "skipped": skipped},
+            "images": {"train": splits.pictures, "held_out": figures.images, "skipped": skipped},
         }
 
     @property

@@ -18,7 +18,7 @@ from lineate.train import TrainError
 from lineate.train.config import Distill
 from lineate.train.diffusion import denoising
 from lineate.train.latents import CachedBatches, cache, check_flips
-from lineate.train.loop import Lesson
+from lineate.train.loop import FitResult, Lesson
 from lineate.train.randomness import HOST, derive, left_alone, seed_all
 
 LATENTS_OF_PX = 256  # the pictures that a DiT drawn anew learns through an autoencoder, where nothing else is said
@@ -117,7 +117,7 @@ class Denoising(Task):
         self.vae = vae.cpu() if vae is not None else None
         return Lesson(CachedBatches(self.folder, plan.train), denoising(self.made_by.null, plan.train.denoise))
 
-    def told(self) -> dict[str, Any]:
+    def told(self, result: FitResult, figures: Any) -> dict[str, Any]:
         """The pictures and where they are kept."""
         plan, skipped = self.plan, self.data.skipped
         if skipped:

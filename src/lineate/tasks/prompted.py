@@ -15,7 +15,7 @@ from lineate.text2image.captioned import open_captioned
 from lineate.text2image.pipelines import encoders, load_pipeline, put_aside
 from lineate.train import TrainError
 from lineate.train.config import Distill
-from lineate.train.loop import Lesson
+from lineate.train.loop import FitResult, Lesson
 from lineate.train.pairs import PairBatches, cache_pairs, check_unvaried
 from lineate.train.rectified import rectified_flow
 
@@ -78,7 +78,7 @@ class Prompted(Task):
         self.say(f"training on {len(self.data)} captioned pictures of {len(batches.sizes)} sizes")
         return Lesson(batches, objective)
 
-    def told(self) -> dict[str, Any]:
+    def told(self, result: FitResult, figures: Any) -> dict[str, Any]:
         """The pictures and where they are kept."""
         if self.data.skipped:
             self.say(f"skipped {len(self.data.skipped)} unreadable: {', '.join(self.data.skipped)}")

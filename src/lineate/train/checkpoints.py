@@ -48,17 +48,18 @@ class State(Frozen):
     history: tuple[Epoch, ...] = ()
     sums: dict[str, float] = Field(default_factory=dict)
     summed: int = 0
+    skipped: dict[str, str] = Field(default_factory=dict)  # pictures that some process could not read since the start, and why
 
     def after_step(self, losses: Mapping[str, float], seconds: float) -> State:
         """The state one step later."""
         sums = {name: self.sums.get(name, 0.0) + value for name, value in losses.items()}
-        return State(step=self.step + 1, seconds=seconds, history=self.history, sums=sums, summed=self.summed + 1)
+        return self.model_copy(update={"step": self.step + 1, "seconds": seconds, "sums": sums, "summed": self.summed + 1})
 
     def after_epoch(self, epoch: float, images: int, lr: float, metrics: Mapping[str, float]) -> State:
         """The state once the epoch is told."""
         means = {name: value / self.summed for name, value in self.sums.items()}
         told = Epoch(epoch=epoch, step=self.step, images=images, seconds=self.seconds, lr=lr, losses=means, metrics=dict(metrics))
-        return State(step=self.step, seconds=self.seconds, history=(*self.history, told))
+        return self.model_copy(update={"history": (*self.history, told), "sums": {}, "summed": 0})
 
 
 class _Stored(Frozen):

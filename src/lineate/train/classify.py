@@ -79,13 +79,33 @@ def lesson(source: Source, splits: Splits, config: TrainConfig, original: nn.Mod
     else:
         batches = ImageBatches(splits.train, config, **shown)
 
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        figures = measure(model, source, splits, config).figures
+    minimised = objective(config, len(splits.train.classes), original)
+    return Lesson(batches, minimised, HeldOut(source, splits, config) if config.eval_epochs else None)
+
+
+class HeldOut:
+    """Top-1 on what is held out, of a model in training; `last` is what was measured last, None before."""
+
+    def __init__(self, source: Source, splits: Splits, config: TrainConfig) -> None:
+        self.source, self.splits, self.config = source, splits, config
+        self.last: Outcome | None = None
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Figures for the history."""
+        self.last = measure(model, self.source, self.splits, self.config)
+        figures = self.last.figures
         found = {"top1": figures.top1.value, "test_loss": figures.loss}
         return found if figures.top5 is None else found | {"top5": figures.top5.value}
 
-    minimised = objective(config, len(splits.train.classes), original)
-    return Lesson(batches, minimised, evaluate if config.eval_epochs else None)
+
+def measure_trained(model: nn.Module, source: Source, splits: Splits, config: TrainConfig, taught: Lesson) -> Outcome:
+    """`measure` of a trained model, or what the loop measured at its end where that was the very same.
+
+    Unmerged LoRA and other precisions round otherwise, and a run that was resumed at its end measured nothing.
+    """
+    same = config.precision == "no" and config.protocol != "lora"
+    last = taught.evaluate.last if same and isinstance(taught.evaluate, HeldOut) else None
+    return last or measure(model, source, splits, config)
 
 
 def measure(model: nn.Module, source: Source, splits: Splits, config: TrainConfig) -> Outcome:

@@ -11,7 +11,7 @@ what came before. Source of repeated augmentation: Hoffer et al., arXiv 1901.093
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -33,6 +33,10 @@ class Batches(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to be resumed, as JSON."""
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """The pictures that this process could not read so far, and why."""
 
     def steps(self, processes: int) -> int:
         """Optimiser steps an epoch."""
@@ -61,6 +65,11 @@ class Ordered:
 
     def __init__(self, count: int, config: TrainConfig) -> None:
         self.count, self.config = count, config
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """None, of pictures that were read before."""
+        return {}
 
     def steps(self, processes: int) -> int:
         """Whole steps an epoch. Raises `TrainError` if there are too few pictures for one."""
@@ -94,6 +103,11 @@ class ImageBatches(Ordered):
         """Source, split, number and classes of the pictures, and their size."""
         data = self.data
         return {"source": data.source, "split": data.split, "pictures": len(data), "classes": list(data.classes)} | self.shown
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """As the data say."""
+        return self.data.skipped
 
     def stream(self, start: int, stop: int, process: int, processes: int) -> Iterator[Batch]:
         """The batches of one process; one loader reads on through all epochs, unless the pictures are few and hardly varied."""

@@ -65,6 +65,7 @@ class Lesson:
 class FitResult(Frozen):
     """What a run did: its history, optimiser steps, images seen by all processes, wall-clock seconds of all its parts.
 
+    `skipped` are the pictures that could not be read, and why.
     `learning` counts the parameters that learned; `finished` is False where `max_steps` came before the schedule's end.
     """
 
@@ -74,6 +75,7 @@ class FitResult(Frozen):
     seconds: float
     learning: int
     finished: bool
+    skipped: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ def fit(
         seconds=state.seconds,
         learning=learning,
         finished=state.step >= run.total,
+        skipped=state.skipped,
     )
 
 
@@ -183,7 +186,9 @@ def _train(run: _Run, batches: Batches, state: State, say: Callable[[str], None]
             left = timedelta(seconds=round((elapsed - aside) / (done - first) * (run.stop - done)))
             say(f"epoch {_epoch(run, done)}: {state.history[-1].figures()}; {speed:.0f} images/s, {left} of learning left")
         if done == run.stop or (ends if config.checkpoint_steps is None else done % config.checkpoint_steps == 0):
-            state = state.model_copy(update={"seconds": before + time.perf_counter() - began})
+            unread = {name: why for some in gather_object([dict(batches.skipped)]) for name, why in some.items()}
+            now = {"seconds": before + time.perf_counter() - began, "skipped": state.skipped | unread}
+            state = state.model_copy(update=now)
             checkpoints.save(accelerator, run.out, state, run.identity, config.keep)
         aside += time.perf_counter() - began - elapsed
     return state

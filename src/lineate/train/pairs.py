@@ -18,7 +18,7 @@ What does not fill a batch of its size is left out of that epoch. Legend: n pict
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,11 @@ class PairBatches:
     def identity(self) -> dict[str, Any]:
         """What the cache holds."""
         return self.index.model_dump(mode="json")
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """None, of pictures that were read before."""
+        return {}
 
     def steps(self, processes: int) -> int:
         """Whole steps an epoch. Raises `TrainError` if there are too few pictures for one."""

@@ -46,6 +46,11 @@ class StreamBatches(Ordered):
         asked = {"source": data.source, "split": data.split, "streamed": self.count, "classes": list(data.classes)}
         return asked | self.shown
 
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """As the data say."""
+        return self.data.skipped
+
     def stream(self, start: int, stop: int, process: int, processes: int) -> Iterator[Batch]:
         """The batches of one process; one loader reads on through all epochs."""
         rows = _Rows(self, start, stop, process, processes)
