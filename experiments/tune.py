@@ -9,6 +9,7 @@ training of its own, whose schedule ends with it; the warm-up is a sixth of it.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def draw() -> None:
     """A panel a protocol: top-1 against images, as it starts and calibrated, with intervals over seeds."""
     import matplotlib.pyplot as plt
 
+    host = json.loads((small.HOST / "run.json").read_text(encoding="utf-8"))["final"]["top1"]["value"]
     figure, panels = plt.subplots(1, len(PROTOCOLS), figsize=(10, 3.4), sharey=True, layout="constrained")
     for axis, (protocol, label) in zip(panels, PROTOCOLS.items(), strict=True):
         for calibrated, colour in ((False, "tab:gray"), (True, "tab:red")):
@@ -68,6 +70,7 @@ def draw() -> None:
                 spread = [[100 * (i.value - i.low) for i in intervals], [100 * (i.high - i.value) for i in intervals]]
                 axis.errorbar(shown, middle, spread, marker="o", markersize=4, capsize=3, color=colour,
                               label="calibrated first" if calibrated else "as the paper starts")  # fmt: skip
+        axis.axhline(100 * host, color="black", linewidth=0.8, linestyle=":", label="the softmax host")
         axis.set(title=label, xscale="log", xlabel="training images")
         axis.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("top-1, %")
