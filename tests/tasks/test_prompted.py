@@ -105,6 +105,13 @@ def test_what_means_nothing_here_is_refused(data: Path, tmp_path: Path, argument
     assert not (tmp_path / "run").exists()
 
 
+def test_a_pipeline_is_converted_like_any_source(tmp_path: Path) -> None:
+    """To what draws, in the pipeline that it came from."""
+    found = call("convert", "shapes", "--preset", "sd35-t5-all", "--out", tmp_path / "converted")
+    assert found.exit_code == 0, found.stderr
+    assert record(load_pipeline(str(tmp_path / "converted")).transformer).conversion == lineate.preset("sd35-t5-all")
+
+
 def test_recipes_are_table_9() -> None:
     for name in ("sd35-t5", "sd35-ft"):
         recipe = RECIPES[name]()

@@ -22,6 +22,7 @@ from lineate.cli.generate import generate
 from lineate.cli.options import (
     FORMS,
     SOURCE,
+    AnySource,
     Config,
     CropPct,
     Data,
@@ -201,7 +202,7 @@ def linearize(
 
 @app.command()
 def train(
-    source: SourceArgument, data: Data,
+    source: AnySource, data: Data,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write, or to go on in with --resume.")],
     held_out_data: HeldOutData = None, held_out_split: HeldOutSplit = None, image_column: ImageColumn = None,
     label_column: LabelColumn = None,
@@ -257,7 +258,7 @@ def demo(
 
 @app.command()
 def convert(
-    source: SourceArgument, out: Out, preset: Preset = None, config: Config = None, set_: Set = None, seed: Seed = None,
+    source: AnySource, out: Out, preset: Preset = None, config: Config = None, set_: Set = None, seed: Seed = None,
     delta: Annotated[bool, typer.Option("--delta", help="Save the new tensors alone.")] = False, overwrite: Overwrite = False,
 ) -> None:  # fmt: skip
     """Convert without calibrating, and save, with a run.json beside the model."""
@@ -266,6 +267,7 @@ def convert(
     from lineate.checkpoint import RUN, check_target
     from lineate.linearize import describe, tensor_counts
     from lineate.sources import is_denoiser, load_denoiser, load_source
+    from lineate.text2image.pipelines import is_pipeline, load_pipeline
 
     if converted_as(source) is not None:
         from lineate.convert import ConversionError
@@ -274,7 +276,9 @@ def convert(
     settings = read(source, preset, config, set_, seed)
     check_target(out.resolve(), overwrite)
     assert settings.conversion is not None
-    if is_denoiser(source):
+    if is_pipeline(source):
+        model = convert_model(load_pipeline(source).transformer, settings.conversion)
+    elif is_denoiser(source):
         model = convert_model(load_denoiser(source), settings.conversion)
     else:
         loaded = load_source(source)

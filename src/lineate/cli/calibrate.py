@@ -11,6 +11,7 @@ from rich.table import Table
 
 from lineate.cli.options import (
     AllChannels,
+    AnySource,
     Config,
     Device,
     ImageSize,
@@ -20,7 +21,6 @@ from lineate.cli.options import (
     Scheduler,
     Seed,
     Set,
-    SourceArgument,
     settings,
 )  # fmt: skip
 from lineate.cli.terminal import Screen, screen
@@ -36,7 +36,7 @@ NEEDED = {CLASSIFIER: "--images DIR, photographs", PIPELINE: "--prompts FILE, te
 
 
 def calibrate(
-    source: SourceArgument, out: Out,
+    source: AnySource, out: Out,
     images: Annotated[Path | None, typer.Option(metavar="DIR", help="Photographs, no labels, for a classifier.")] = None,
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Texts to draw, for a text-to-image pipeline.")] = None,
     preset: Preset = None, config: Config = None, set_: Set = None, image_size: ImageSize = None, scheduler: Scheduler = None,

@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 
 SOURCE = "embedded, timm:NAME, timm:NAME@CHECKPOINT, transformers:NAME, or a directory that lineate wrote"
 SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help=f"The model: {SOURCE}.")]
+# What commands take that are not about pictures seen alone.
+AnySource = Annotated[
+    str, typer.Argument(metavar="SOURCE", help=f"The model: {SOURCE}; dit:NAME@CHECKPOINT; of texts shapes or diffusers:NAME.")
+]
 Preset = Annotated[
-    str | None, typer.Option(help="Name of a conversion; `lineate presets` lists them (default: t5, or dit5 for a denoiser).")
+    str | None,
+    typer.Option(help="Name of a conversion; `lineate presets` lists them (default: t5; of a denoiser dit5, of texts sd35-t5)."),
 ]
 DemoPreset = Annotated[str | None, typer.Option(help="Name of a conversion; `lineate presets` lists them (default: t5-plus).")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="One field, for example mixer.inner=2layer.")]
@@ -49,7 +54,11 @@ CropPct = Annotated[float | None, typer.Option(help="Share of the resized pictur
 Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn (default: 0).")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Recipe = Annotated[
-    str | None, typer.Option(help="Name of a training: t5, t5-freeze, t5-lora, deit, dit5, dit (default: t5 or dit5).")
+    str | None,
+    typer.Option(
+        help="Name of a training: t5, t5-freeze, t5-lora, deit; of classes dit5, dit; of texts sd35-t5, sd35-ft "
+        "(default: t5, dit5 or sd35-t5)."
+    ),
 ]
 Epochs = Annotated[float | None, typer.Option(metavar="N", help="Epochs, with the recipe's warm-up in proportion.")]
 
