@@ -21,18 +21,19 @@ WANTED = {
     "cpu-t5": ("ViT-S/14 end to end, SwiGLU, CPU", f"{_BENCH} --preset t5"),
     "cpu-t5-plus": ("ViT-S/14 end to end, with the neighborhood branch, CPU", f"{_BENCH} --preset t5-plus"),
     "cpu-t5-compiled": ("ViT-S/14 end to end, SwiGLU, both compiled, CPU", f"{_BENCH} --preset t5 --compile"),
+    "exported": ("ViT-S/14 end to end, SwiGLU, both as ONNX graphs under onnxruntime, CPU", "python benchmarks/exported.py"),
     "gpu-ops": ("The operator, forward, GPU", f"{_GPU} --tokens 1024,4096,16384,65536"),
     "gpu-ops-backward": ("The operator, forward and backward, GPU", f"{_GPU} --tokens 1024,4096,16384 --backward"),
     "gpu-t5": ("ViT-S/14 end to end, SwiGLU, GPU", f"{_BENCH} --preset t5 --device cuda"),
 }
 
 
-def provenance(result: dict[str, Any]) -> str:
-    """Machine, library, commit and command in one line."""
+def provenance(result: dict[str, Any], command: str) -> str:
+    """Machine, library, commit and command in one line; `command` is the one of a result that does not keep its own."""
     made = result["environment"]
     commit = f"commit {made['commit'][:7]}{', changed' if made['dirty'] else ''}" if made["commit"] else "no commit"
     place = f"{made['device']}, torch {made['versions']['torch']}, {commit}, {result['created'][:10]}"
-    return f"{place}: `{' '.join(result['command'])}`"
+    return f"{place}: `{' '.join(result['command']) if 'command' in result else command}`"
 
 
 def operator(result: dict[str, Any]) -> list[str]:
@@ -73,6 +74,27 @@ def end_to_end(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def exported(result: dict[str, Any]) -> list[str]:
+    """One line for each picture size; neither graph uses kernels of ours."""
+    errors = ", ".join(f"{name} {error:.0e}" for name, error in result["relative_error"].items())
+    lines = [
+        f"onnxruntime {result['environment']['onnxruntime']}, float32, batch 1. Relative error against the models: {errors}.",
+        "",
+        "| px | original ms (IQR) | converted ms (IQR) | speed-up |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        times = [f"{row[f'{name}_ms']:.0f} ({row[f'{name}_iqr_ms']:.0f})" for name in ("original", "converted")]
+        lines.append(f"| {row['height']}×{row['width']} | {' | '.join(times)} | {row['speedup']:.2f}× |")
+    return lines
+
+
+def shown(result: dict[str, Any]) -> list[str]:
+    """A result in the way that is its kind's."""
+    kind = operator if "ceilings" in result else exported if "relative_error" in result else end_to_end
+    return kind(result)
+
+
 def page() -> str:
     """The whole page, Markdown."""
     lines = [
@@ -88,10 +110,11 @@ def page() -> str:
     for name, (title, command) in WANTED.items():
         file = RESULTS / f"{name}.json"
         if not file.exists():
-            missing.append(f"- {title}: `{command} --out benchmarks/results/{name}.json`")
+            out = "" if name == "exported" else f" --out benchmarks/results/{name}.json"  # which knows its place
+            missing.append(f"- {title}: `{command}{out}`")
             continue
         result = json.loads(file.read_text())
-        lines += ["", f"## {title}", "", provenance(result), "", *(operator if "ceilings" in result else end_to_end)(result)]
+        lines += ["", f"## {title}", "", provenance(result, command), "", *shown(result)]
     if missing:
         lines += ["", "## Unmeasured", "", *missing]
     return "\n".join(lines) + "\n"
