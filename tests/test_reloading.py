@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -179,7 +178,6 @@ def test_model_offload_hooks_run_a_converted_transformer_and_sequential_ones_fai
             model(*inputs)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 class TestQuantised:
     """By torchao, eight bits for weights."""
 
