@@ -335,3 +335,11 @@ def test_drop_path_is_given_to_a_model_when_it_is_made() -> None:
     with pytest.raises(SourceError, match=r"drop_path is given to a model of timm's when it is made; choices: timm:NAME"):
         load_source("embedded", drop_path=0.1)
     assert RECIPES["deit"]().drop_path == 0.1
+
+
+def test_what_is_trained_from_scratch_at_a_size_is_of_that_size_when_it_is_loaded_again(tmp_path: Path) -> None:
+    made = load_source("timm:test_vit", scratch=5, image_size=64)
+    checkpoint.save(convert(made.model, "t5-paper"), tmp_path / "model")
+    assert made.image_size == load_source(str(tmp_path / "model")).image_size == 64
+    with pytest.raises(SourceError, match=r"image size 65 is not a multiple of the patch \(16 px\); near: 64, 80"):
+        load_source("timm:test_vit", scratch=5, image_size=65)

@@ -63,7 +63,7 @@ def load_source(
 ) -> Source:
     """The source that `text` names; `image_size` (px, a multiple of the patch) replaces the model's own.
 
-    With `scratch`, timm's architecture for that many classes, its weights drawn from torch's generator instead of pretrained.
+    With `scratch`, timm's architecture for that many classes and this size, its weights drawn from torch's generator.
     `drop_path` is timm's drop_path_rate, which reaches training only.
 
     Raises `SourceError`; `CheckpointError` or `EmbeddedModelError` from a directory or the embedded model; and, before any
@@ -168,7 +168,8 @@ def _timm_source(text: str, image_size: int | None, scratch: int | None, drop_pa
     arguments = _accepted_arguments(name) | ({} if drop_path is None else {"drop_path_rate": drop_path})
     interpolated: tuple[str, ...] = ()
     if scratch is not None:
-        model = timm.create_model(name, pretrained=False, num_classes=scratch, **arguments)
+        own = {} if image_size is None else {"img_size": image_size}  # there are no weights that ask for another
+        model = timm.create_model(name, pretrained=False, num_classes=scratch, **arguments, **own)
     elif at:
         model = timm.create_model(name, pretrained=False, **arguments)
         interpolated = _load_file(model, Path(file))

@@ -349,7 +349,8 @@ def evaluate(
         matched = {name: top1.match(pictures, found.model, by_number=labels_by_number, say=say) for name, found in models.items()}
         outcomes = {}
         for name, found in models.items():
-            say(f"evaluating {name} on {len(pictures)} pictures of {data}, split {pictures.split}")
+            px = prepared[name].image_size
+            say(f"evaluating {name} on {len(pictures)} pictures of {data}, split {pictures.split}, at {px} px")
             outcomes[name] = top1.top_k(
                 found.model.to(place if together is None else together.device), matched[name], prepared[name].transform(),
                 batch=batch, workers=workers, accelerator=together, progress=shown.progress if first else None,
