@@ -143,9 +143,9 @@ def figures() -> Iterator[str]:
         yield ""
         yield "![implicit attention of one query](pictures/figure4.png)"
         yield (
-            f"\nThe embedded ViT-S/14, both conversions calibrated for {maps['steps']} steps a site. Mean distance in patches between a "
-            f"query and what it draws on, over {maps['queries']} queries of each of {maps['images']} held-out photographs; the paper "
-            "shows maps alone:\n"
+            f"\nThe embedded ViT-S/14, both conversions calibrated for {maps['steps']} steps a site. Mean distance in patches "
+            f"between a query and what it draws on, over {maps['queries']} queries of each of {maps['images']} held-out "
+            "photographs; the paper shows maps alone:\n"
         )
         sites = list(next(iter(maps["mean_distance_patches"].values())))
         yield f"| | {' | '.join(sites)} |\n| --- |{' --- |' * len(sites)}"

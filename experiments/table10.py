@@ -3,7 +3,8 @@
 python experiments/table10.py --scale small --data ../shared/data/cifar10 --threads 1
 python experiments/table10.py --scale full      prints the commands at the paper's size: DiT-S/2, a tenth of its host's epochs
 
-The paper's rows have 50,000 steps of 256 pictures, 10 epochs: give the commands --epochs 10 --set train.batch=32 on 8 GPUs for these.
+The paper's rows have 50,000 steps of 256 pictures, 10 epochs: for these give the commands --epochs 10 --set train.batch=32 on 8
+GPUs.
 
 The paper's host is DiT-S/2 after 400,000 steps of 256, 80 epochs:
     accelerate launch -m lineate train dit:DiT-S/2 --scratch --data IMAGENET --vae VAE --preset softmax --recipe dit --epochs 80 \
