@@ -28,12 +28,12 @@ WANTED = {
 }
 
 
-def provenance(result: dict[str, Any], command: str) -> str:
-    """Machine, library, commit and command in one line; `command` is the one of a result that does not keep its own."""
+def provenance(result: dict[str, Any]) -> str:
+    """Machine, library, commit and command in one line."""
     made = result["environment"]
     commit = f"commit {made['commit'][:7]}{', changed' if made['dirty'] else ''}" if made["commit"] else "no commit"
     place = f"{made['device']}, torch {made['versions']['torch']}, {commit}, {result['created'][:10]}"
-    return f"{place}: `{' '.join(result['command']) if 'command' in result else command}`"
+    return f"{place}: `{' '.join(result['command'])}`"
 
 
 def operator(result: dict[str, Any]) -> list[str]:
@@ -57,6 +57,12 @@ def operator(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def timed(row: dict[str, Any]) -> str:
+    """The cells of both models' times and of their ratio."""
+    times = [f"{row[f'{name}_ms']:.0f} ({row[f'{name}_iqr_ms']:.0f})" for name in ("original", "converted")]
+    return f"{' | '.join(times)} | {row['speedup']:.2f}×"
+
+
 def end_to_end(result: dict[str, Any]) -> list[str]:
     """One line for each picture size."""
     cost = result["cost"]
@@ -67,10 +73,8 @@ def end_to_end(result: dict[str, Any]) -> list[str]:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in cost["rows"]:
-        times = [f"{row[f'{name}_ms']:.0f} ({row[f'{name}_iqr_ms']:.0f})" for name in ("original", "converted")]
         pairs = [f"{row[f'original_{unit}']:.1f} → {row[f'converted_{unit}']:.1f}" for unit in ("gmacs", "peak_mib")]
-        size = f"{row['height']}×{row['width']}"
-        lines.append(f"| {size} | {row['tokens']} | {' | '.join(times)} | {row['speedup']:.2f}× | {' | '.join(pairs)} |")
+        lines.append(f"| {row['height']}×{row['width']} | {row['tokens']} | {timed(row)} | {' | '.join(pairs)} |")
     return lines
 
 
@@ -84,8 +88,7 @@ def exported(result: dict[str, Any]) -> list[str]:
         "| --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
-        times = [f"{row[f'{name}_ms']:.0f} ({row[f'{name}_iqr_ms']:.0f})" for name in ("original", "converted")]
-        lines.append(f"| {row['height']}×{row['width']} | {' | '.join(times)} | {row['speedup']:.2f}× |")
+        lines.append(f"| {row['height']}×{row['width']} | {timed(row)} |")
     return lines
 
 
@@ -110,11 +113,10 @@ def page() -> str:
     for name, (title, command) in WANTED.items():
         file = RESULTS / f"{name}.json"
         if not file.exists():
-            out = "" if name == "exported" else f" --out benchmarks/results/{name}.json"  # which knows its place
-            missing.append(f"- {title}: `{command}{out}`")
+            missing.append(f"- {title}: `{command} --out benchmarks/results/{name}.json`")
             continue
         result = json.loads(file.read_text())
-        lines += ["", f"## {title}", "", provenance(result, command), "", *shown(result)]
+        lines += ["", f"## {title}", "", provenance(result), "", *shown(result)]
     if missing:
         lines += ["", "## Unmeasured", "", *missing]
     return "\n".join(lines) + "\n"

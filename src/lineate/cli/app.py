@@ -341,9 +341,7 @@ def evaluate(
     with screen() as shown:
         models = {name: load_source(name, image_size=image_size) for name in (source, against) if name is not None}
         prepared = {name: top1.prepare(found, crop_pct=crop_pct) for name, found in models.items()}
-        pictures = open_data(
-            data, split=split, image_column=image_column, label_column=label_column, strict=strict_data
-        )  # fmt: skip
+        pictures = open_data(data, split=split, image_column=image_column, label_column=label_column, strict=strict_data)
         pictures = pictures if limit is None else pictures.limited(limit)
         say = shown.say if first else lambda _: None
         matched = {name: top1.match(pictures, found.model, by_number=labels_by_number, say=say) for name, found in models.items()}
