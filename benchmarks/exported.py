@@ -80,7 +80,8 @@ def main() -> None:
             rows.append(timings(sessions, size, args.repeats))
             print(*(f"{key} {value:.4g}" for key, value in rows[-1].items()), flush=True)
     versions = {"onnxruntime": onnxruntime.__version__, "threads": args.threads}
-    about = {"source": models.source.name, "preset": args.preset, "command": runs.command_line(), "created": runs.now()}
+    command = ["benchmarks/exported.py", *runs.command_line()[1:]]
+    about = {"source": models.source.name, "preset": args.preset, "command": command, "created": runs.now()}
     environment = runs.environment(torch.device("cpu")) | versions
     runs.write_json(args.out, about | {"relative_error": agreement, "rows": rows, "environment": environment})
 

@@ -59,7 +59,8 @@ def host() -> Iterator[str]:
         "parameters at 20 times that. A cell is a mean over seeds "
         "± half of Student's 95 % interval (seeds); of one seed, Wilson's. Where a column compares with a row, it gives the "
         "difference in points over the same images and seeds, with a 95 % interval over images. Parameters and multiply-adds are "
-        "of DeiT-T at 224 px, ours counted without weights. The host is small and was trained briefly, and so were its conversions."
+        "of DeiT-T at 224 px, ours counted without weights. The host is small and was trained briefly, and so were its "
+        "conversions."
     )
 
 
