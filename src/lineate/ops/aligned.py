@@ -25,7 +25,8 @@ from lineate.ops import aligned_cpu
 from lineate.ops.aligned_eager import Backend, Setting, by_eager
 from lineate.ops.ttt import InnerLoss, InnerModel
 
-FEW = 512  # tokens of all samples; with so few, plain operators stay in cache anyway
+# With so few tokens in all, or numbers in a sample, plain operators stay in cache, and pieces would cost more than they save.
+FEW, SMALL = 512, 2**15
 logger = logging.getLogger(__name__)
 
 
@@ -46,7 +47,8 @@ def _has_triton() -> bool:
 def _on_cpu(tensors: Sequence[Tensor], model: InnerModel) -> tuple[Backend, str]:
     """What runs these on a CPU, q first, and why."""
     why = cpu.refusal(tensors, model)
-    few = tensors[0].shape[0] * tensors[0].shape[2] <= FEW
+    batch, heads, tokens, dim = tensors[0].shape
+    few = batch * tokens <= FEW or heads * tokens * dim <= SMALL
     if few and (why or torch.is_grad_enabled()):  # where eager's gradients, unlike the others', can be differentiated again
         return by_eager, "so few tokens stay in cache anyway"
     if why is None:
