@@ -45,7 +45,7 @@ HOST = RESULTS / "dit" / "host"
 WORK = Path("runs/generation")
 DATA = "../shared/data/cifar10"
 PX, CLASSES, PICTURES = 32, 10, 50_000
-BATCH, HOST_STEPS = 32, 1200
+BATCH, HOST_STEPS = 32, 6000
 SAMPLES, REFERENCE, COMPONENTS = 500, 2000, 64
 SAMPLING = Sampling(scheduler="flow", steps=20, guidance=1.0)
 CALIBRATION = CalibrationConfig(steps=300, batch=8, pool=256)
@@ -75,7 +75,7 @@ def host_command(data: str) -> str:
     """Trains the host and puts it where the tables look for it."""
     fields = {
         "denoise.objective": "flow", "batch": BATCH, "lr": 1.5e-3, "min_lr": 1e-5, "warmup_epochs": epochs(100), "clip_grad": 1,
-        "ema": 0.995, "ema_warmup": "true", "checkpoint_steps": 200, "workers": 0, "tracker": "none",
+        "ema": 0.999, "ema_warmup": "true", "precision": "bf16", "checkpoint_steps": 500, "workers": 0, "tracker": "none",
     }  # fmt: skip
     train = shlex.join([
         "lineate", "train", "dit:patch_size=2,hidden_size=64,depth=4,num_heads=2", "--scratch", "--image-size", str(PX),
