@@ -17,6 +17,7 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
 )
@@ -44,10 +45,14 @@ def dit_pipeline() -> DiffusionPipeline:
     return DiTPipeline(DiTTransformer2DModel(**SMALL, num_embeds_ada_norm=1000).eval(), autoencoder(), DDIMScheduler())
 
 
-def pixart_pipeline() -> DiffusionPipeline:
+def pixart_pipeline(cls: Any = PixArtAlphaPipeline, **changes: Any) -> DiffusionPipeline:
     encoder, tokenizer = t5()
-    model = PixArtTransformer2DModel(**SMALL, cross_attention_dim=24, caption_channels=20, use_additional_conditions=False).eval()
-    return PixArtAlphaPipeline(tokenizer, encoder, autoencoder(), model, DDIMScheduler())
+    changes |= {"cross_attention_dim": 24, "caption_channels": 20, "use_additional_conditions": False}
+    return cls(tokenizer, encoder, autoencoder(), PixArtTransformer2DModel(**SMALL, **changes).eval(), DDIMScheduler())
+
+
+def sigma_pipeline() -> DiffusionPipeline:
+    return pixart_pipeline(PixArtSigmaPipeline, interpolation_scale=2)
 
 
 def picture(pipeline: Any, **also: Any) -> Tensor:
@@ -63,7 +68,7 @@ def picture(pipeline: Any, **also: Any) -> Tensor:
     said: dict[str, Any] = PROMPT
     if isinstance(pipeline, DiTPipeline):
         said = {"class_labels": [3], "num_inference_steps": 2}
-    elif isinstance(pipeline, PixArtAlphaPipeline):
+    elif isinstance(pipeline, PixArtAlphaPipeline | PixArtSigmaPipeline):
         said = PROMPT | {"use_resolution_binning": False, "clean_caption": False}
     images = pipeline(**said, generator=torch.Generator().manual_seed(0), output_type="np", **also).images
     return torch.from_numpy(images)
@@ -71,8 +76,8 @@ def picture(pipeline: Any, **also: Any) -> Tensor:
 
 @pytest.mark.parametrize(
     ("make", "preset"),
-    [(sd3_pipeline, "sd35-t5"), (dit_pipeline, "dit5"), (pixart_pipeline, "dit5")],
-    ids=["sd3", "dit", "pixart"],
+    [(sd3_pipeline, "sd35-t5"), (dit_pipeline, "dit5"), (pixart_pipeline, "dit5"), (sigma_pipeline, "dit5")],
+    ids=["sd3", "dit", "pixart-alpha", "pixart-sigma"],
 )
 def test_a_converted_pipeline_reloads_bit_for_bit(make: Any, preset: str, tmp_path: Path) -> None:
     """As a user does it: two lines, and diffusers' own saving and loading."""

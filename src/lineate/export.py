@@ -34,7 +34,7 @@ from lineate.ops.local import SMALLEST_TILE
 from lineate.version import __version__
 
 Format = Literal["onnx", "torch"]
-SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
+SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}  # diffusers' folders are of `generation/pipeline.py`
 OUTPUTS: dict[str, Callable[[Features], Tensor | None]] = {
     "logits": lambda found: found.logits,
     "last_hidden_state": lambda found: found.tokens,

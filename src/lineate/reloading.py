@@ -57,7 +57,12 @@ class Converter(DiffusersQuantizer):  # type: ignore[misc]
 
     def preprocess_model(self, model: nn.Module, **also: Any) -> None:
         """Convert. Raises `ReloadError` if what is stored is not what the converted model has."""
-        expected = shapes(reconvert(model, self.quantization_config.record).state_dict())
+        from lineate.families.diffusers_dit import TIMES, original_times  # diffusers has its models by now
+
+        said = self.quantization_config.record
+        if said["host"] == TIMES:
+            original_times(model)
+        expected = shapes(reconvert(model, said).state_dict())
         if trouble := disagreement(expected, {name: expected.get(name, ()) for name in self.stored}):
             raise ReloadError(f"what is stored does not fit the conversion in its config.json: {trouble}")
 

@@ -39,6 +39,12 @@ def pixart() -> nn.Module:
     return PixArtTransformer2DModel(**SMALL, cross_attention_dim=24, caption_channels=10).eval()
 
 
+def sigma() -> nn.Module:
+    """PixArt-Σ: positions at half the distance, and no conditions on the picture's size, at any size."""
+    changes = {"interpolation_scale": 2, "use_additional_conditions": False}
+    return PixArtTransformer2DModel(**SMALL, **changes, cross_attention_dim=24, caption_channels=10).eval()
+
+
 def run(model: nn.Module, height: int = 8, width: int = 8, **also: Any) -> Tensor:
     generator = torch.Generator().manual_seed(height)
     latents = torch.randn(2, 3, height, width, generator=generator)
@@ -48,7 +54,7 @@ def run(model: nn.Module, height: int = 8, width: int = 8, **also: Any) -> Tenso
     return model(latents, encoder_hidden_states=text, timestep=torch.tensor([3, 977]), **also).sample
 
 
-hosts = pytest.mark.parametrize("make", [dit, pixart])
+hosts = pytest.mark.parametrize("make", [dit, pixart, sigma])
 
 
 @hosts

@@ -7,12 +7,14 @@
     pos_embed                                  not stored: it is computed
     blocks.{i}.adaLN_modulation.1              transformer_blocks.{i}.norm1.linear
     blocks.{i}.attn.qkv, .proj                 transformer_blocks.{i}.attn1.to_q, .to_k, .to_v, .to_out.0
+    blocks.{i}.attn.core.*                     transformer_blocks.{i}.attn1.core.*, of a converted one
     blocks.{i}.mlp.fc1, .fc2                   transformer_blocks.{i}.ff.net.0.proj, .net.2
     final_layer.adaLN_modulation.1, .linear    proj_out_1, proj_out_2
 
 diffusers keeps one copy of the embedders a block; a model whose copies were trained apart is no DiT and is refused. With the same
 tensors it computes a little other values than the original: its 128 frequencies of the time end at exactly 1/10000 (divisor 127
-instead of 128), and its second norm of a block has ε 1e-5 unless its config says 1e-6.
+instead of 128), and its second norm of a block has ε 1e-5 unless its config says 1e-6. `lineate.generation.pipeline` sets both
+right, in a model that says so when it is saved.
 """
 
 from __future__ import annotations
@@ -149,7 +151,10 @@ def _own_name(name: str) -> str:
 
 
 def to_diffusers(tensors: Mapping[str, Tensor]) -> Tensors:
-    """The original's names to diffusers', each embedder once a block. Raises `WeightsError` for a name that is not DiT's."""
+    """The original's names to diffusers', each embedder once a block; those of a converted DiT's cores too.
+
+    Raises `WeightsError` for a name that is not DiT's.
+    """
     blocks = sorted(_blocks(tensors))
     inner, embedders, ends = ({own: theirs for theirs, own in names.items()} for names in (_BLOCK, _EMBEDDERS, _ENDS))
     found: Tensors = {}
@@ -167,6 +172,8 @@ def to_diffusers(tensors: Mapping[str, Tensor]) -> Tensors:
             found |= {own: part.contiguous() for own, part in zip(names, tensor.chunk(3), strict=True)}
         elif parts and parts[2] in inner:
             found[f"transformer_blocks.{parts[1]}.{inner[parts[2]]}.{kind}"] = tensor
+        elif core := re.fullmatch(r"blocks\.(\d+)\.attn\.(core\..+)", name):
+            found[f"transformer_blocks.{core[1]}.attn1.{core[2]}"] = tensor
         else:
-            raise WeightsError(f"{name} is not a tensor of a DiT" + (": it was converted" if ".core." in name else ""))
+            raise WeightsError(f"{name} is not a tensor of a DiT")
     return found
