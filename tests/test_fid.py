@@ -266,6 +266,14 @@ def test_offline_extractors_know_pictures(name: str, package: str, width: int) -
 def test_unknown_extractors_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="unknown extractor 'vgg'; choices: efficientnet-lite0"):
         find_extractor("vgg")
+    (tmp_path / "mine.py").write_text("features = 3\nflat = lambda x: x.float().mean()\n", encoding="utf-8")
+    for name, reason in (("mine.py:features", "has no function 'features'"), ("other.py:features", "is not there; an extractor")):
+        with pytest.raises(EvaluationError, match=reason):
+            find_extractor(str(tmp_path / name))
+    with pytest.raises(
+        EvaluationError, match=r"mine\.py:flat [0-9a-f]{8} gives \(\); finite features \(B, d\) were expected, B = 1"
+    ):
+        embed(find_extractor(f"{tmp_path / 'mine.py'}:flat"), scenes(1, "noise"))
     with pytest.raises(EvaluationError, match="cannot get timm:no_such_model"):
         find_extractor("timm:no_such_model")
     with pytest.raises(EvaluationError, match="cannot get the weights of inception"):

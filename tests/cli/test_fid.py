@@ -62,6 +62,32 @@ def test_pictures_that_are_nearer_have_lower_figures(monkeypatch: pytest.MonkeyP
     assert "12 pictures against 12" in call(tmp_path / "110", "--against", labelled, "--split", "test").stdout
 
 
+OWN = """
+def features(images):
+    means = images.float().mean((-1, -2)) / 255
+    return means
+"""
+
+
+def test_folders_are_compared_in_one_table_by_an_extractor_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN, encoding="utf-8")
+    own, out = f"{tmp_path / 'mine.py'}:features", tmp_path / "figures.json"
+    real, near, far, fewer = (draw(tmp_path / str(b), b, n) for b, n in ((100, 12), (110, 12), (200, 12), (50, 11)))
+    found = call(near, "--against", real, "--compare", far, "--compare", near, "--extractor", own, "--out", out)
+    assert found.exit_code == 0, found.output
+    written = json.loads(out.read_text())
+    values = [[figure["value"] for figure in row["figures"]] for row in (written, *written["compared"])]
+    assert values[0] == values[2] and all(a < b for a, b in zip(values[0], values[1], strict=True))
+    for metric, first, other in zip(("KID", "FD"), values[0], values[1], strict=True):
+        assert f"{metric}: 12 pictures against 12, mine.py:features " in found.stdout
+        assert f"{other - first:+.4g}"[:5] in found.stdout
+    refused = call(near, "--against", real, "--compare", far, "--compare", fewer, "--extractor", own)
+    assert refused.exit_code == 1 and not refused.stdout
+    assert "figures at different numbers of pictures are not compared; there are 12 in" in refused.stderr
+    np.savez(tmp_path / "fewer.npz", arr_0=np.zeros((11, 16, 16, 3), np.uint8))
+    assert "11 in" in call(near, "--against", real, "--compare", tmp_path / "fewer.npz").stderr
+
+
 @pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is None, reason="torch-fidelity is not installed")
 def test_adms_statistics_ask_for_inception(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(fid, "find_extractor", lambda name, *args, **more: stand_in(INCEPTION + 1008))

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -62,7 +63,9 @@ def test_a_grid_alone_leaves_nothing_else_and_is_the_same(saved: Path, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ((), "nothing to write; choices: --grid FILE.png, --out DIR, or both"),
+        ((), "nothing to write; choices: --grid FILE.png, --out DIR, of classes --npz FILE.npz, or several"),
+        (("--npz", "G"), "--npz names a file *.npz, got 'grid.png'"),
+        (("--npz", "a.npz", "--prompt", "a cross"), "--npz is for classes, not for texts"),
         (("--grid", "G", "--classes", "1,cat"), "whole numbers between commas"),
         (("--grid", "G", "--classes", "4"), "no class 4; the model has classes 0 to 3"),
         (("--grid", "G", "--scheduler", "ddim", "--steps", "7"), "steps must divide that; got 7"),
@@ -82,6 +85,16 @@ def test_what_stands_there_is_not_replaced_unasked(saved: Path, tmp_path: Path) 
     assert "exists; pass --overwrite to replace it" in refused(saved, *QUICK, "--grid", grid)
     assert call(saved, *QUICK, "--grid", grid, "--overwrite").exit_code == 0
     assert read(grid).shape == (3, 42, 22)
+
+
+def test_all_pictures_as_adm_takes_them(saved: Path, tmp_path: Path) -> None:
+    assert call(saved, *QUICK, "--out", tmp_path / "all", "--npz", tmp_path / "new" / "all.npz").exit_code == 0
+    stored = np.load(tmp_path / "new" / "all.npz")["arr_0"]
+    files = sorted((tmp_path / "all").glob("*.png"))
+    assert np.array_equal(stored, np.stack([np.array(Image.open(file)) for file in files]))
+    assert call(saved, *QUICK, "--npz", tmp_path / "alone.npz").exit_code == 0
+    assert np.array_equal(np.load(tmp_path / "alone.npz")["arr_0"], stored)
+    assert "alone.npz exists; pass --overwrite" in refused(saved, *QUICK, "--npz", tmp_path / "alone.npz")
 
 
 def test_an_original_makes_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

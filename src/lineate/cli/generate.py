@@ -1,4 +1,4 @@
-"""`lineate generate`: pictures of classes or of texts, as files, as one picture, or both."""
+"""`lineate generate`: pictures of classes or of texts, as files, as one picture, of classes as one .npz."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ def generate(
     classes: Annotated[str | None, typer.Option(metavar="N,...", help="Classes, taken in turn (default: all).")] = None,
     grid: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Write all pictures there, as one.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write each picture there; goes on where it stopped.")] = None,
+    npz: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.npz", help="Write all pictures there, as ADM's evaluation takes them; of classes."),
+    ] = None,
     number: Annotated[
         int | None, typer.Option(min=1, help="How many pictures (default: 4 of each of --classes, or 16); of texts, of each: 4.")
     ] = None,
@@ -39,28 +43,32 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at a time, in each process.")] = 16,
     vae: Annotated[Path | None, typer.Option(metavar="DIR", help="diffusers' AutoencoderKL, for a model of latents.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --grid.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files at --grid and --npz.")] = False,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 (default: fp32; of texts on a GPU bf16).")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Pictures of classes, or of texts with --prompt or --prompts; with --out on many GPUs: accelerate launch -m lineate ..."""
     from lineate import runs
-    from lineate.generation.classes import Sampling, denoiser
+    from lineate.generation.classes import Sampling, denoiser, pack
     from lineate.generation.classes import generate as make
     from lineate.generation.classes import grid as together
     from lineate.sources import load_denoiser
     from lineate.text2image.autoencoder import GenerateError, load_autoencoder, pixels_a_latent
 
-    if grid is None and out is None:
-        raise GenerateError("nothing to write; choices: --grid FILE.png, --out DIR, or both")
-    runs.check_file(grid, overwrite)
+    if grid is None and out is None and npz is None:
+        raise GenerateError("nothing to write; choices: --grid FILE.png, --out DIR, of classes --npz FILE.npz, or several")
+    if npz is not None and npz.suffix != ".npz":
+        raise GenerateError(f"--npz names a file *.npz, got {npz.name!r}")
+    for file in (grid, npz):
+        runs.check_file(file, overwrite)
     if prompt or prompts is not None:
         if classes is not None or vae is not None or (prompt and prompts is not None):
             raise GenerateError(
                 "--prompt TEXT, --prompts FILE and --classes N,... are three ways to say what; --vae is for classes"
             )
-        if scheduler is not None or all_channels:
-            raise GenerateError(f"{'--scheduler' if scheduler is not None else '--all-channels'} is for classes, not for texts")
+        given = {"--scheduler": scheduler is not None, "--all-channels": all_channels, "--npz": npz is not None}
+        if any(given.values()):
+            raise GenerateError(f"{next(name for name, so in given.items() if so)} is for classes, not for texts")
         draw_prompts(
             run or "shapes", prompt or (), prompts, out=out, grid=grid, images=number or 4, size=size, batch=batch, device=device,
             precision=precision, steps=steps, guidance=guidance, seed=seed,
@@ -87,8 +95,12 @@ def generate(
             grid.parent.mkdir(parents=True, exist_ok=True)
             columns = len(chosen) if len(chosen) <= MOST_COLUMNS else min(MOST_COLUMNS, math.isqrt(count))
             together(files, columns).save(grid)
+        if npz is not None and first:
+            npz.parent.mkdir(parents=True, exist_ok=True)
+            pack(files, npz)
     if first:
-        typer.echo("; ".join(f"{what}: {path}" for what, path in (("pictures", out), ("grid", grid)) if path is not None))
+        written = (("pictures", out), ("grid", grid), ("npz", npz))
+        typer.echo("; ".join(f"{what}: {path}" for what, path in written if path is not None))
 
 
 def _latents(size: tuple[int, int] | None, factor: int) -> tuple[int, int] | None:

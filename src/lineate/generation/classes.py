@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -270,12 +271,18 @@ def grid(files: Sequence[Path], columns: int) -> Any:
 
 
 def pack(files: Sequence[Path], target: Path) -> None:
-    """The pictures as `arr_0` (n, h, w, 3) in an .npz, which ADM's evaluation takes."""
+    """The pictures, all of one size, as `arr_0` (n, h, w, 3) in an .npz, for ADM's evaluation; one at a time is in memory."""
     import numpy as np
 
-    partial = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.npz")
+    partial, shape = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.npz"), read(files[0]).shape
+    about: Any = {"descr": "|u1", "fortran_order": False, "shape": (len(files), *shape[1:], 3)}
     try:
-        np.savez(partial, arr_0=torch.stack([read(file) for file in files]).permute(0, 2, 3, 1).numpy())
+        with zipfile.ZipFile(partial, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as stream:
+            np.lib.format.write_array_header_1_0(stream, about)
+            for file in files:
+                if (picture := read(file)).shape != shape:
+                    raise GenerateError(f"{file} is another size than {files[0]}; an .npz holds pictures of one")
+                stream.write(picture.permute(1, 2, 0).numpy().tobytes())
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
