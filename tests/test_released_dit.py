@@ -1,4 +1,4 @@
-"""DiT⁵ from the authors' format computes what the formulas say; original DiT checkpoints are read whichever way they were stored.
+"""DiT⁵ from the authors' format computes what the formulas say; DiT's and SiT's checkpoints are read however they were stored.
 
 The reference below is written from the facts alone, one plain function over the released tensors; it shares no code with lineate.
 """
@@ -16,12 +16,17 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from lineate.checkpoint import load, save
+from lineate.cli.app import app
 from lineate.convert import record
+from lineate.generation.classes import Sampling, denoiser, sample
 from lineate.models.dit import DiT
 from lineate.models.dit_weights import to_diffusers
 from lineate.released import ReleasedError, from_released, load_dit
+from lineate.sources import load_denoiser
+from lineate.text2image.autoencoder import GenerateError
 
 DEPTH, HEADS, HEAD_DIM, HIDDEN, PATCH, SIDE, CHANNELS, CLASSES = 2, 3, 8, 60, 2, 6, 3, 5
 WIDTH = HEADS * HEAD_DIM
@@ -92,8 +97,18 @@ def attention(x: Tensor, tensors: Tensors, name: str) -> Tensor:
     )
 
 
+def softmax(x: Tensor, tensors: Tensors, name: str) -> Tensor:
+    """The original's attention."""
+    q, k, v = (
+        part.view(*x.shape[:2], HEADS, HEAD_DIM).transpose(1, 2)
+        for part in F.linear(x, tensors[f"{name}.qkv.weight"], tensors[f"{name}.qkv.bias"]).chunk(3, -1)
+    )
+    out = ((q @ k.mT / math.sqrt(HEAD_DIM)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    return F.linear(out, tensors[f"{name}.proj.weight"], tensors[f"{name}.proj.bias"])
+
+
 @torch.no_grad()
-def reference(x: Tensor, t: Tensor, y: Tensor, tensors: Tensors) -> Tensor:
+def reference(x: Tensor, t: Tensor, y: Tensor, tensors: Tensors, attention: Any = attention) -> Tensor:
     def norm(a: Tensor) -> Tensor:
         return F.layer_norm(a, (WIDTH,), eps=1e-6)
 
@@ -197,6 +212,52 @@ def test_a_folder_of_diffusers_is_read_with_its_own_heads_and_grid(pipeline: boo
     tensors = to_diffusers(model.state_dict())
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "diffusion_pytorch_model.safetensors")
     assert torch.equal(load_dit(tmp_path)(*inputs()), model(*inputs()))
+
+
+def test_a_folder_with_a_pickle_is_read_safely(tmp_path: Path) -> None:
+    """As facebook/DiT-XL-2-256 has it, whose weights are a .bin; safetensors go before it, and code is not run."""
+    model, config = original(), {"num_attention_heads": HEADS, "sample_size": SIDE * PATCH, "patch_size": PATCH}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    file = tmp_path / "diffusion_pytorch_model.bin"
+    torch.save(to_diffusers(model.state_dict()), file)
+    assert torch.equal(load_dit(tmp_path)(*inputs()), model(*inputs()))
+    torch.save({"x": Path("code")}, file)
+    with pytest.raises(ReleasedError, match=r"model\.bin holds more than weights \(pathlib.* is refused\)"):
+        load_dit(tmp_path)
+    file.unlink()
+    with pytest.raises(
+        ReleasedError, match=r"holds no weights; one of diffusion_pytorch_model\.safetensors, .*\.bin was expected"
+    ):
+        load_dit(tmp_path)
+
+
+SIT = (
+    "pos_embed x_embedder.proj t_embedder.mlp.0 t_embedder.mlp.2 y_embedder.embedding_table blocks.0.attn.qkv blocks.0.attn.proj "
+    "blocks.0.mlp.fc1 blocks.0.mlp.fc2 blocks.0.adaLN_modulation.1 blocks.1.attn.qkv blocks.1.attn.proj blocks.1.mlp.fc1 "
+    "blocks.1.mlp.fc2 blocks.1.adaLN_modulation.1 final_layer.linear final_layer.adaLN_modulation.1"
+)
+
+
+def test_sits_checkpoint_is_sampled_by_euler_and_stays_a_flow(tmp_path: Path) -> None:
+    """SiT: the same names; a velocity at times from 0, noise, to 1, data, of whose six channels three count."""
+    tensors = dict(original().state_dict())
+    assert {name.removesuffix(".weight").removesuffix(".bias") for name in tensors} == set(SIT.split())
+    torch.save({"model": {n: torch.zeros_like(x) for n, x in tensors.items()}, "ema": tensors}, tmp_path / "SiT.pt")
+    source = f"dit:hidden_size={WIDTH},num_heads={HEADS}@{tmp_path / 'SiT.pt'}"
+    x = torch.randn(1, CHANNELS, SIDE * PATCH, SIDE * PATCH, generator=torch.Generator().manual_seed(5))
+    for step in range(4):
+        velocity, none = (reference(x, torch.tensor([step / 4]), torch.tensor([y]), tensors, softmax) for y in (2, CLASSES))
+        x = x + (none + 1.5 * (velocity - none))[:, :CHANNELS] / 4
+    flow = Sampling(scheduler="flow", steps=4, guidance=1.5)
+    torch.testing.assert_close(sample(denoiser(load_denoiser(source)), [2], [5], flow), x, atol=1e-4, rtol=1e-4)
+
+    quick = ["--steps", "4", "--set", "calibration.steps=1", "--set", "calibration.pool=2", "--set", "calibration.batch=1"]
+    done = CliRunner().invoke(app, ["calibrate", source, "--scheduler", "flow", *quick, "--out", str(tmp_path / "sit5")])
+    assert done.exit_code == 0, done.output
+    made = denoiser(load(tmp_path / "sit5"))
+    assert made.objective == "flow" and sample(made, [2], [5], flow).isfinite().all()
+    with pytest.raises(GenerateError, match="learned flow, not what ddpm asks"):
+        sample(made, [2], [5], Sampling(steps=4))
 
 
 def test_what_is_no_dit_is_refused_with_the_file(tmp_path: Path) -> None:

