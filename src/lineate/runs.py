@@ -134,6 +134,14 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def find_precision(name: str) -> torch.dtype:
+    """The type that `name` stands for: fp32, bf16 or fp16. Raises `RunError`."""
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name not in types:
+        raise RunError(f"unknown precision {name!r}; choices: {', '.join(types)}")
+    return types[name]
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Python, library versions, device, platform, and the commit of the lineate checkout, if it is one."""
     versions = {}

@@ -41,7 +41,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 pytest.skip(str(error))
             raise
         assert cpu.build() == file
-    torch.ops.load_library(file)
+    cpu.load(file)
     return file
 
 
@@ -143,8 +143,57 @@ def test_silu_keeps_its_limits_and_nan(kernels: None) -> None:
     torch.testing.assert_close(found, torch.nn.functional.silu(z), equal_nan=True, rtol=1e-6, atol=1e-30)
 
 
+@pytest.mark.parametrize(("model", "loss"), MODELS)
+def test_a_compiler_keeps_the_kernels_at_any_size_in_one_graph(
+    kernels: None, unchecked_shapes: None, model: InnerModel, loss: InnerLoss
+) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=backend)
+    def compiled(qkv: Tensor, parameters: list[Tensor], height: int, width: int) -> Tensor:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        weights, convolutions = parameters[:-4], parameters[-4:]
+        return aligned_ttt(q, k, v, weights, height, width, 1, convolutions=convolutions, model=model, loss=loss)
+
+    parameters = tensors(LAYOUTS[0], model, 16, torch.float32)[3:]
+    for height, width in ((9, 7), (12, 31)):
+        qkv = torch.randn(2, 1 + height * width, 3, HEADS, 16)
+        setting = Setting(height, width, 1, 1.0, model, loss)
+        with torch.no_grad():
+            expected = by_compiled_pieces(*qkv.permute(2, 0, 3, 1, 4), parameters[:-4], parameters[-4:], setting)
+            assert torch.equal(compiled(qkv, parameters, height, width), expected)
+    (called,) = graphs
+    assert {f"cpu_{name}" for name in ("statistics", "learn", "answer")} <= {str(target).partition(".")[2] for target in called}
+
+
+class Aligned(torch.nn.Module):
+    def forward(self, qkv: Tensor, parameters: list[Tensor]) -> Tensor:
+        return aligned_ttt(*qkv, parameters[:-4], 19, 31, 2, convolutions=parameters[-4:])
+
+
+def test_what_is_exported_or_learns_does_without_them(kernels: None, unchecked_shapes: None) -> None:
+    q, k, v, *parameters = tensors(LAYOUTS[0], "swiglu", 8, torch.float32)
+    qkv, called = torch.stack((q, k, v)), []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    with torch.no_grad():
+        exported = torch.export.export(Aligned(), (qkv, parameters))
+    called.extend(str(node.target) for node in exported.graph.nodes)
+    learning = torch.compile(Aligned(), fullgraph=True, backend=backend)(qkv.requires_grad_(), parameters)
+    assert called and not [name for name in called if "lineate" in name]
+    assert off(exported.module()(qkv, parameters), learning) < 1e-6
+
+
 def test_what_runs_is_said(built: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     aligned._say.cache_clear()
+    monkeypatch.setattr(aligned, "SMALL", 0)
     monkeypatch.setenv("LINEATE_CPU_KERNELS", "1")
     q, k, v, *parameters = tensors(LAYOUTS[0], "swiglu", 8, torch.float32)
     with caplog.at_level(logging.INFO, logger="lineate"):

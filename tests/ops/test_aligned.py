@@ -30,6 +30,7 @@ LAYOUTS = [TokenLayout(7, 5, 2, 3), TokenLayout(5, 16, 1), TokenLayout(3, 2), To
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aligned_cpu, "TOKENS", 12)
     monkeypatch.setattr(aligned, "FEW", 12)
+    monkeypatch.setattr(aligned, "SMALL", 200)
 
 
 def tensors(layout: TokenLayout, model: InnerModel, dtype: torch.dtype = torch.float64, batch: int = 2) -> list[Tensor]:
@@ -167,6 +168,12 @@ def test_what_runs_is_said_once_and_why(caplog: pytest.LogCaptureFixture) -> Non
         for tokens in (LAYOUT.tokens, LAYOUT.tokens, 5):
             aligned_ttt(*(x[:1, :, :tokens] for x in (q, k, v)), parameters[:3], 1, 5)
     assert [record.getMessage().split(",")[0] for record in caplog.records] == ["aligned_ttt: by_pieces", "aligned_ttt: by_eager"]
+
+
+def test_pieces_are_for_large_samples_whatever_their_number() -> None:
+    for batch, tokens, expected in ((1, 12, by_eager), (9, 8, by_eager), (2, 9, by_pieces)):
+        q = torch.empty(batch, HEADS, tokens, DIM)
+        assert aligned._backend([q, q, q], "swiglu")[0] is expected
 
 
 def test_transforms_of_torch_func_take_the_reference() -> None:

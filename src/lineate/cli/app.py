@@ -293,6 +293,7 @@ def convert(
 def bench(
     source: SourceArgument, preset: Preset = None, config: Config = None, set_: Set = None, sizes: Sizes = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Time both models through torch.compile.")] = False,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16, of both models.")] = "fp32",
     out: OutFile = None, overwrite: Overwrite = False, device: Device = "cpu",
 ) -> None:  # fmt: skip
     """Time original and converted model side by side, and count their multiply-adds and memory; no calibration is needed."""
@@ -303,10 +304,11 @@ def bench(
 
     settings = read(source, preset, config, set_, None)
     wanted = parse_sizes(sizes) if sizes is not None else settings.sizes
-    place = runs.find_device(device)
+    place, dtype = runs.find_device(device), runs.find_precision(precision)
     runs.check_file(out, overwrite)
     with screen() as shown:
         pair = load_pair(source, settings.conversion, device=device)
+        pair.original.to(dtype), pair.converted.to(dtype)
         figures = measure_cost(pair, choose_sizes(pair.original, wanted, pair.source.multiple), shown.progress, compiled)
     show_cost(figures)
     if out is not None:

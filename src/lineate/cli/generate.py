@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lineate.cli.options import AllChannels, Scheduler, place_to_draw
-from lineate.cli.prompts import draw_prompts, find_precision, parse_size
+from lineate.cli.prompts import draw_prompts, parse_size
 from lineate.cli.terminal import screen
 
 MOST_COLUMNS = 16
@@ -78,7 +78,7 @@ def generate(
         raise GenerateError("no model; give RUN, or --prompt TEXT for the stand-in's pictures")
     asked = {"scheduler": scheduler, "steps": steps, "guidance": guidance}
     said = {name: value for name, value in asked.items() if value is not None}
-    dtype, sides = find_precision(precision or "fp32"), parse_size(size)
+    dtype, sides = runs.find_precision(precision or "fp32"), parse_size(size)
     place, shared, first = place_to_draw(device, out)
     with screen() as shown, tempfile.TemporaryDirectory() as scratch:
         autoencoder = load_autoencoder(vae, place) if vae is not None else None

@@ -6,15 +6,12 @@ import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from lineate.cli.options import place_to_draw
 from lineate.cli.terminal import screen
-
-if TYPE_CHECKING:
-    import torch
 
 
 def draw_prompts(
@@ -32,6 +29,7 @@ def draw_prompts(
     **asked: Any,
 ) -> None:
     """Draw every text, or every prompt of the file, `images` times; `asked` are the fields of `PromptSampling` that were said."""
+    from lineate import runs
     from lineate.generation.classes import grid as together
     from lineate.generation.prompted import PromptSampling, generate_prompts, plain_prompts, prompts_in
     from lineate.text2image.pipelines import load_pipeline
@@ -41,7 +39,7 @@ def draw_prompts(
     sampling = PromptSampling.model_validate(said | {"size": parse_size(size)})
     place, shared, first = place_to_draw(device, out)
     with screen() as shown, tempfile.TemporaryDirectory() as scratch:
-        pipe = load_pipeline(source, find_precision(precision or ("bf16" if place.type == "cuda" else "fp32"))).to(place)
+        pipe = load_pipeline(source, runs.find_precision(precision or ("bf16" if place.type == "cuda" else "fp32"))).to(place)
         files = generate_prompts(
             pipe, prompts, out or Path(scratch), sampling, images=images, batch=batch, accelerator=shared,
             progress=shown.progress if first else None,
@@ -51,18 +49,6 @@ def draw_prompts(
             together(files, images).save(grid)
     if first:
         typer.echo("; ".join(f"{what}: {path}" for what, path in (("pictures", out), ("grid", grid)) if path is not None))
-
-
-def find_precision(name: str) -> torch.dtype:
-    """The type that a name stands for. Raises `GenerateError`."""
-    import torch
-
-    from lineate.text2image.autoencoder import GenerateError
-
-    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if name not in types:
-        raise GenerateError(f"unknown precision {name!r}; choices: {', '.join(types)}")
-    return types[name]
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

@@ -487,9 +487,9 @@ Tensor answer(
 TORCH_LIBRARY_FRAGMENT(lineate, library) {
   library.def("cpu_statistics(Tensor k, float eps) -> Tensor");
   library.def(
-      "cpu_learn(Tensor k, Tensor v, Tensor? norm, Tensor[] taps, Tensor[] weights, int height, int width, int first, bool l2)"
-      " -> Tensor");
-  library.def("cpu_answer(Tensor q, Tensor[] taps, Tensor[] weights, int height, int width, int first) -> Tensor");
+      "cpu_learn(Tensor k, Tensor v, Tensor? norm, Tensor[] taps, Tensor[] weights, SymInt height, SymInt width, SymInt first, "
+      "bool l2) -> Tensor");
+  library.def("cpu_answer(Tensor q, Tensor[] taps, Tensor[] weights, SymInt height, SymInt width, SymInt first) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(lineate, CPU, library) {

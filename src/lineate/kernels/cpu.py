@@ -4,7 +4,7 @@
 
 Nothing is ever compiled otherwise. A library is kept in LINEATE_CACHE (~/.cache/lineate), under a name that stands for its
 source, PyTorch's version and the processor's vectors, so that a change of any of them asks for another. LINEATE_CPU_KERNELS=0
-leaves it unused. `lineate.ops.aligned_cpu` calls it, and is what it must equal.
+leaves it unused. `lineate.ops.aligned_cpu` calls it, and is what it must equal. To torch.compile its functions are operators.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,23 @@ MODELS = ("2layer", "swiglu")
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The compiler's name for what PyTorch found the processor to have; elsewhere its own default is good.
 ARCHITECTURES = {"AVX512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"]}
+
+
+def _statistics_of(k: Tensor, eps: float) -> Tensor:
+    batch, _, heads, dim = k.shape
+    return k.new_empty((batch, 2, heads, dim), dtype=torch.float32)
+
+
+def _sums_of(k: Tensor, v: Tensor, norm: Tensor | None, taps: list[Tensor], weights: list[Tensor], *_: Any) -> Tensor:
+    return k.new_empty((len(weights), len(k), *weights[0].shape), dtype=torch.float32)
+
+
+def _answers_of(q: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+# What a compiler sees of the library's functions.
+SHAPES: dict[str, Callable[..., Tensor]] = {"cpu_statistics": _statistics_of, "cpu_learn": _sums_of, "cpu_answer": _answers_of}
 
 
 class BuildError(RuntimeError):
@@ -73,6 +91,13 @@ def build() -> Path:
     return file
 
 
+def load(file: Path) -> None:
+    """Load a compiled library."""
+    torch.ops.load_library(file)
+    for name, shape_of in SHAPES.items():
+        torch.library.register_fake(f"lineate::{name}", shape_of, allow_override=True)
+
+
 @cache
 def _missing() -> str | None:
     """Load the library; why that cannot be, or None."""
@@ -82,10 +107,16 @@ def _missing() -> str | None:
     if not file.exists():
         return "`lineate build` has not compiled them here"
     try:
-        torch.ops.load_library(file)
+        load(file)
     except OSError as error:
         return f"{file} does not load ({error})"
     return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _unavailable() -> str | None:
+    """`_missing`, as a compiler can see it."""
+    return _missing()
 
 
 def available() -> bool:
@@ -99,7 +130,8 @@ def refusal(tensors: Sequence[Tensor], model: str) -> str | None:
         return f"they know the inner models {', '.join(MODELS)}, not {model}"
     if other := {x.dtype for x in tensors}.difference(TYPES):
         return f"they do not compute in {str(other.pop()).removeprefix('torch.')}"
-    return _missing()
+    why: str | None = _unavailable()
+    return why
 
 
 def _tokens(x: Tensor) -> Tensor:

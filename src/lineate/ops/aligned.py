@@ -47,20 +47,29 @@ def _has_triton() -> bool:
 def _on_cpu(tensors: Sequence[Tensor], model: InnerModel) -> tuple[Backend, str]:
     """What runs these on a CPU, q first, and why."""
     why = cpu.refusal(tensors, model)
-    batch, heads, tokens, dim = tensors[0].shape
-    few = batch * tokens <= FEW or heads * tokens * dim <= SMALL
-    if few and (why or torch.is_grad_enabled()):  # where eager's gradients, unlike the others', can be differentiated again
-        return by_eager, "so few tokens stay in cache anyway"
+    if why is not None or torch.is_grad_enabled():  # of the gradients only eager's can be differentiated again
+        batch, heads, tokens, dim = tensors[0].shape
+        if batch * tokens <= FEW or heads * tokens * dim <= SMALL:
+            return by_eager, "so few tokens stay in cache anyway"
     if why is None:
         return aligned_cpu.by_compiled_pieces, "this is a CPU with compiled kernels"
     return aligned_cpu.by_pieces, f"this is a CPU and its kernels are not for this: {why}"
 
 
+def _kept_by_compilers(tensors: Sequence[Tensor], model: InnerModel) -> bool:
+    """Whether a compiler calls kernels as operators; those of CPUs have no gradients, and no place in an exported program."""
+    if tensors[0].is_cuda:
+        return True
+    return not torch.compiler.is_exporting() and not torch.is_grad_enabled() and cpu.refusal(tensors, model) is None
+
+
 def _backend(tensors: Sequence[Tensor], model: InnerModel) -> tuple[Backend, str]:
-    """What runs these, q first, and why. A compiler keeps the kernels, which are operators to it."""
-    q, compiling = tensors[0], torch.compiler.is_compiling()
-    if type(q) is not Tensor or torch._C._are_functorch_transforms_active() or (compiling and not q.is_cuda):
+    """What runs these, q first, and why."""
+    q = tensors[0]
+    if type(q) is not Tensor or torch._C._are_functorch_transforms_active():
         return by_eager, "operators are traced, counted or transformed"
+    if torch.compiler.is_compiling() and not _kept_by_compilers(tensors, model):
+        return by_eager, "operators are compiled"
     if q.device.type == "cpu":
         return _on_cpu(tensors, model)
     if not q.is_cuda or not _has_triton():
