@@ -150,6 +150,36 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, saved: Path, data: Path)
     assert "give one of them" in refused(*command, "--out", part, "--overwrite", "--resume")
 
 
+def test_a_run_keeps_the_size_that_it_was_trained_at(tmp_path: Path, saved: Path, data: Path) -> None:
+    run = tmp_path / "run"
+    command = ("train", saved, "--data", data, *QUICK, "--set", "train.max_steps=1")
+    done(*command, "--image-size", 24, "--out", run)
+    assert json.loads((run / "run.json").read_text())["config"]["image_size"] == 24
+    assert "data.size was 24 and is 32" in refused(*command, "--image-size", 32, "--out", run, "--resume")
+    assert "split test, at 24 px" in done("evaluate", run, "--data", data).stderr
+    assert "split test, at 32 px" in done("evaluate", run, "--data", data, "--image-size", 32).stderr
+    done("train", run, *command[2:], "--out", tmp_path / "more")
+    assert json.loads((tmp_path / "more" / "run.json").read_text())["config"]["image_size"] == 24
+
+
+def test_what_a_killed_process_was_writing_is_no_obstacle(tmp_path: Path, saved: Path, data: Path) -> None:
+    """Half a model, an empty folder; a file of somebody else's is none of ours, whatever its name begins with."""
+    run = tmp_path / "run"
+    command = ("train", saved, "--data", data, *QUICK, "--out", run, "--set", "train.max_steps=1")
+    run.mkdir()
+    assert "pass --overwrite" in refused(*command)
+    done(*command, "--resume")
+    for more in ("--resume", "--overwrite"):
+        (run / ".model.0123abcd").mkdir()
+        (run / ".model.0123abcd" / "model.safetensors").touch()
+        (run / ".run.json.0123abcd").touch()
+        done(*command, more)
+        assert not [path for path in run.iterdir() if path.name.startswith(".")]
+    (run / ".modelling").touch()
+    done(*command, "--resume")
+    assert "holds '.modelling', which is no part of a run" in refused(*command, "--overwrite")
+
+
 def test_what_is_no_run_is_not_replaced(tmp_path: Path, saved: Path, data: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").touch()
@@ -215,13 +245,17 @@ def test_linearize_trains_after_it_calibrated(
     assert "--epochs is for training, which needs --data" in refused(*command, "--epochs", 1)
     assert "train.lr cannot be set where nothing is trained" in refused(*command, "--set", "train.lr=1")
     assert "--resume is for training, which needs --data" in refused(*command, "--resume")
-    training = (*quick, *QUICK, "--data", data, "--epochs", 1, "--recipe", "t5-freeze")
-    printed = done(*command, *training).stdout
-    assert "top-1 %" in printed and "McNemar's exact p" in printed
+    broken = tmp_path / "broken"
+    shutil.copytree(data, broken)
+    (broken / "test" / "class1" / "0.png").write_text("no picture")
+    training = (*quick, *QUICK, "--data", broken, "--epochs", 1, "--recipe", "t5-freeze")
+    printed = done(*command, *training)
+    assert "top-1 %" in printed.stdout and "McNemar's exact p" in printed.stdout
+    assert f"skipped 1 unreadable: {broken / 'test' / 'class1' / '0.png'}" in printed.stderr
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert load_run(tmp_path / "run").results.fidelity is not None
     assert run["results"]["training"]["steps"] == 5
-    assert run["results"]["held_out"]["original"]["images"] == run["results"]["held_out"]["converted"]["images"] == 20
+    assert run["results"]["held_out"]["original"]["images"] == run["results"]["held_out"]["converted"]["images"] == 19
     assert run["results"]["held_out"]["p"] <= 1 and run["config"]["train"]["protocol"] == "freeze"
     # Stopped in the middle it goes on from there, with the calibration as it was.
     monkeypatch.setenv("WORLD_SIZE", "2")

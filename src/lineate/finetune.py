@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lineate import checkpoint, runs
-from lineate.calibrate import CalibrationResult
 from lineate.evaluate import Progress
 from lineate.evaluate.top1 import processes
-from lineate.linearize import Clock, _nothing, describe, tensor_counts
+from lineate.linearize import Clock, _nothing, describe, read_calibrated, tensor_counts
 from lineate.tasks import task_of
 from lineate.tasks.base import Say, Task, TrainPlan
 from lineate.train.loop import FitResult, check, fit
@@ -49,11 +48,14 @@ def train(plan: TrainPlan, *, say: Say = _nothing, progress: Progress = _nothing
     task.check(together.num_processes if together is not None else 1)
     task.model.to(together.device if together is not None else place)
     check(task.model, plan.train, plan.out)
-    calibration = None
-    if not (plan.resume and runs.has_checkpoint(plan.out)):  # a checkpoint has what became of it
+    if plan.resume and runs.has_checkpoint(plan.out):  # it has what became of the model
+        calibration = read_calibrated(plan.out)
+    else:
         with clock("calibrate"):
             calibration = task.calibrate(progress)
     with runs.training_folder(plan.out, plan.overwrite, plan.resume) if first else nullcontext():
+        if first and calibration is not None:
+            runs.write_json(plan.out / runs.CALIBRATED, calibration)
         if together is not None:
             together.wait_for_everyone()
         with clock("prepare"):
@@ -61,7 +63,8 @@ def train(plan: TrainPlan, *, say: Say = _nothing, progress: Progress = _nothing
         with clock("train"):
             result = fit(
                 task.model, lesson.batches, lesson.objective, plan.train, plan.out,
-                evaluate=lesson.evaluate, resume=plan.resume, about=_about(plan), say=say, progress=progress,
+                evaluate=lesson.evaluate, resume=plan.resume, keep_start=bool(plan.photographs), about=_about(plan),
+                say=say, progress=progress,
             )  # fmt: skip
         with clock("measure"):
             figures = task.measure()
@@ -94,7 +97,7 @@ def _read_as(plan: TrainPlan) -> dict[str, Any]:
 
 
 def _written(
-    plan: TrainPlan, task: Task, calibration: CalibrationResult | None, result: FitResult, figures: Any, clock: Clock
+    plan: TrainPlan, task: Task, calibration: dict[str, Any] | None, result: FitResult, figures: Any, clock: Clock
 ) -> dict[str, Any]:
     """What run.json holds."""
     told = task.told(result, figures)
@@ -104,10 +107,10 @@ def _written(
     )  # fmt: skip
     results = {
         "tensors": tensor_counts(task.model),
-        "calibration": calibration.model_dump(mode="json") if calibration else None,
+        "calibration": calibration["result"] if calibration else None,
         "training": result.model_dump(mode="json"),
         "held_out": figures.model_dump(mode="json") if figures is not None else None,
-        "images": told["images"],
+        "images": told["images"] | {"skipped": (calibration or {}).get("skipped", {}) | told["images"]["skipped"]},
     }
     asked = {"recipe": plan.recipe, "data": told["data"] | _read_as(plan), "command": list(plan.command)}
     return about | asked | {"seconds": clock.read(), "results": results}

@@ -192,6 +192,20 @@ def fit(model: nn.Module, pool: Crops, config: CalibrationConfig, progress: Prog
     return calibrate(model, DataLoader(pool, batch_size=CROPS_BATCH), config=config, progress=progress)
 
 
+def calibrated(model: nn.Module, pool: Crops, config: CalibrationConfig, progress: Progress) -> dict[str, Any]:
+    """Calibrate `model` on the crops, in place; what RUN/calibration.json holds of that: figures, and unreadable photographs."""
+    result = fit(model, pool, config, progress)
+    skipped = {str(path): reason for path, reason in pool.skipped.items()}
+    return {"result": result.model_dump(mode="json"), "skipped": skipped}
+
+
+def read_calibrated(out: Path) -> dict[str, Any] | None:
+    """What came of a calibration before the training at `out`; None if there was none."""
+    file = out / runs.CALIBRATED
+    found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return found
+
+
 def read_held_out(source: Source, paths: Sequence[Path]) -> tuple[dict[Path, Tensor], dict[Path, str]]:
     """Centre crops of the pictures that can be read, by path, and the others with the reason. Raises `ImageError` if none can.
 
@@ -295,22 +309,16 @@ def _calibrated(plan: Plan, pair: Pair, pool: Crops, say: Say, progress: Progres
 
     Where a training goes on, its checkpoint holds what became of the model, and RUN/calibration.json what came of it.
     """
-    file = plan.out / "calibration.json"
     if plan.resume and runs.has_checkpoint(plan.out):
-        try:
-            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except OSError:
-            raise runs.RunError(f"{plan.out} holds no {file.name}, so linearize did not begin it; resume with train") from None
+        if (found := read_calibrated(plan.out)) is None:
+            name = runs.CALIBRATED
+            raise runs.RunError(f"{plan.out} holds no {name}, so linearize did not begin it; resume with train")
         return found
     say(f"calibrating {len(record(pair.converted).sites)} sites on {pool.count} crops of {len(pool.paths)} photographs")
-    result = fit(pair.converted, pool, plan.calibration, progress)
-    done = {
-        "result": result.model_dump(mode="json"),
-        "skipped": {str(path): reason for path, reason in pool.skipped.items()},
-    }
+    done = calibrated(pair.converted, pool, plan.calibration, progress)
     checkpoint.save(pair.converted, plan.out / "model", overwrite=plan.resume)
     if plan.data is not None:
-        runs.write_json(file, done)
+        runs.write_json(plan.out / runs.CALIBRATED, done)
     return done
 
 
@@ -347,12 +355,14 @@ def _train(plan: Plan, pair: Pair, splits: Splits, taught: Lesson, say: Say, pro
     }
     result = learn(
         pair.converted, taught.batches, taught.objective, plan.train, plan.out, evaluate=taught.evaluate, resume=plan.resume,
-        about=about, say=say, progress=progress,
+        keep_start=True, about=about, say=say, progress=progress,
     )  # fmt: skip
     say(f"measuring both models on {len(splits.held_out)} held-out pictures of split {splits.held_out.split}")
     transform, batch = prepare(pair.source).transform(), plan.train.batch
     before = top_k(pair.original, splits.held_out, transform, batch=batch, workers=plan.train.workers, progress=progress)
     after = measure_trained(pair.converted, pair.source, splits, plan.train, taught)
+    if skipped := result.skipped | before.figures.skipped | after.figures.skipped:
+        say(f"skipped {len(skipped)} unreadable: {', '.join(skipped)}")
     return {
         "training": result.model_dump(mode="json"),
         "held_out": compare(before, after).model_dump(mode="json"),

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import secrets
 import shutil
 import subprocess
@@ -27,7 +28,9 @@ import torch
 from lineate.evaluate.cost import device_name
 
 MODEL = "model/lineate.json"  # there once the model is saved whole
-RUN_PARTS = ("model", "run.json", "pictures", "report.html", "checkpoints", "history.jsonl", "logs", "calibration.json")
+HISTORY = "history.jsonl"
+CALIBRATED = "calibration.json"  # what came of a calibration, for a training after it that is resumed
+RUN_PARTS = ("model", "run.json", "pictures", "report.html", "checkpoints", HISTORY, "logs", CALIBRATED)
 ANALYSIS_PARTS = ("analysis.json", "pictures")
 VERSIONS = ("torch", "timm", "accelerate", "datasets", "numpy", "pillow", "pydantic", "safetensors", "matplotlib")
 
@@ -45,10 +48,16 @@ def check_folder(out: Path, overwrite: bool, parts: Sequence[str] = RUN_PARTS) -
     if not overwrite:
         raise RunError(f"{out} exists; pass --overwrite to replace it")
     found = sorted(path.name for path in out.iterdir())
-    foreign = [name for name in found if name not in parts and name != "report.html.partial"]
-    ours = not found or any((out / mark).is_file() for mark in ("run.json", "analysis.json", "history.jsonl", MODEL))
+    foreign = [name for name in found if name not in parts and not _unfinished(name, parts)]
+    ours = not found or any((out / mark).is_file() for mark in ("run.json", "analysis.json", HISTORY, MODEL))
     if foreign or not ours:
         raise RunError(f"{out} holds {(foreign or found)[0]!r}, which is no part of a run; it is not overwritten")
+
+
+def _unfinished(name: str, parts: Sequence[str] = RUN_PARTS) -> bool:
+    """Whether a process that was killed was writing this: parts are written under another name and then renamed."""
+    named = re.fullmatch(r"\.(.+?)(\.[0-9a-f]{8}(\.old)?)?", name)
+    return name == "report.html.partial" or (named is not None and named[1] in parts)
 
 
 def has_checkpoint(out: Path) -> bool:
@@ -64,7 +73,8 @@ def check_resumable(out: Path, overwrite: bool, resume: bool) -> None:
         if not resume:
             raise RunError(f"{out} holds a run; pass --resume to go on with it, or --overwrite to replace it")
         return
-    if not resume or not (out / "history.jsonl").is_file():
+    begun = (out / HISTORY).is_file() or (out.is_dir() and not any(out.iterdir()))  # killed before it wrote anything
+    if not resume or not begun:
         check_folder(out, overwrite)
 
 
@@ -118,10 +128,13 @@ def run_folder(out: Path, overwrite: bool, parts: Sequence[str] = RUN_PARTS) -> 
 def training_folder(out: Path, overwrite: bool, resume: bool) -> Iterator[Path]:
     """The folder of a run that can be resumed, the old one or a new one, with a history that marks it as a run."""
     if resume and out.is_dir():
+        for path in [path for path in out.iterdir() if _unfinished(path.name)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (out / HISTORY).touch()
         yield out
         return
     with run_folder(out, overwrite):
-        (out / "history.jsonl").touch()
+        (out / HISTORY).touch()
         yield out
 
 

@@ -273,6 +273,22 @@ def test_the_last_k_are_kept_and_the_newest_whole_one_is_found(
     assert equal(whole, resumed)
 
 
+def test_where_the_start_is_kept_a_run_needs_a_whole_checkpoint(
+    tmp_path: Path, converted: Models, small: Small, train: Train
+) -> None:
+    """The start changes no weight, and is the first of the last k; without any whole one the run cannot begin as it did."""
+    plain, kept, config = converted(), converted(), small(max_steps=2, checkpoint_steps=1, keep=3)
+    train(plain, config, tmp_path / "plain")
+    train(kept, config, tmp_path, keep_start=True)
+    assert equal(plain, kept)
+    found = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert found == ["step_00000000", "step_00000001", "step_00000002"]
+    for name in found:
+        (tmp_path / "checkpoints" / name / checkpoints.STATE).unlink()
+    with pytest.raises(TrainError, match=r"no checkpoint in .* is whole, and this run cannot begin without; --overwrite begins"):
+        train(converted(), config, tmp_path, keep_start=True, resume=True)
+
+
 def test_resuming_without_a_checkpoint_begins(tmp_path: Path, converted: Models, small: Small, train: Train) -> None:
     said: list[str] = []
     assert train(converted(), small(max_steps=2), tmp_path, resume=True, say=said.append).steps == 2

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from lineate import runs
-from lineate.calibrate import CalibrationConfig, CalibrationResult
+from lineate.calibrate import CalibrationConfig
 from lineate.convert import Conversion
 from lineate.evaluate import Progress
 from lineate.train import TrainError, protocols
@@ -89,8 +89,8 @@ class Task(ABC):
     def pictures(self) -> int:
         """How many there are to learn from."""
 
-    def calibrate(self, progress: Progress) -> CalibrationResult | None:
-        """Fit the new parameters first, where the plan asks for that."""
+    def calibrate(self, progress: Progress) -> dict[str, Any] | None:
+        """Fit the new parameters first, where the plan asks for that; what RUN/calibration.json holds of it."""
         return None
 
     @abstractmethod

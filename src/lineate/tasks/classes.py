@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from lineate.calibrate import CalibrationResult
 from lineate.convert import record
 from lineate.evaluate import Progress
 from lineate.evaluate.top1 import Top1
-from lineate.linearize import check_readable, crops, fit, load_pair, made_with
+from lineate.linearize import calibrated, check_readable, crops, load_pair, made_with
 from lineate.tasks.base import Say, Task, TrainPlan
 from lineate.train.classify import lesson, match, measure_trained, open_splits
 from lineate.train.loop import FitResult, Lesson
@@ -53,14 +52,17 @@ class Classification(Task):
         distills = plan.train.distill.logits or plan.train.distill.features
         self.taught = lesson(self.pair.source, self.splits, plan.train, self.pair.original if distills else None)
 
-    def calibrate(self, progress: Progress) -> CalibrationResult | None:
+    def calibrate(self, progress: Progress) -> dict[str, Any] | None:
         """On the photographs, if there are any."""
         plan = self.plan
         if not plan.photographs:
             return None
         pool = crops(self.pair.source, plan.photographs, plan.calibration, plan.calibration.seed)
         self.say(f"calibrating {len(record(self.model).sites)} sites on {pool.count} crops of {len(pool.paths)} photographs")
-        return fit(self.model, pool, plan.calibration, progress)
+        done = calibrated(self.model, pool, plan.calibration, progress)
+        if done["skipped"]:
+            self.say(f"skipped {len(done['skipped'])} unreadable: {', '.join(done['skipped'])}")
+        return done
 
     def lesson(self, together: Any, progress: Progress) -> Lesson:
         """Classification, or distillation from the original."""

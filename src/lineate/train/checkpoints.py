@@ -102,14 +102,21 @@ def newest(out: Path) -> Path | None:
     return next(reversed(_found(out)), None)
 
 
-def resume(accelerator: Accelerator, out: Path, identity: Mapping[str, Any], say: Callable[[str], None]) -> State:
+def resume(
+    accelerator: Accelerator, out: Path, identity: Mapping[str, Any], say: Callable[[str], None], *, needed: bool = False
+) -> State:
     """Load the newest whole checkpoint and return its state, or an empty one if there is none; every process must call it.
 
-    Raises `TrainError`, before anything is loaded, if the checkpoint's run was told something else.
+    Raises `TrainError`, before anything is loaded, if the checkpoint's run was told something else; with `needed` also if there
+    are checkpoints and none is whole.
     """
     found: list[Any] = [_newest_whole(out, say)] if accelerator.is_main_process else [None]
     broadcast_object_list(found)
     if found[0] is None:
+        if needed and newest(out) is not None:
+            raise TrainError(
+                f"no checkpoint in {folder(out)} is whole, and this run cannot begin without; --overwrite begins anew"
+            )
         say(f"no checkpoint in {folder(out)}; beginning at the beginning")
         return State()
     path, stored = found[0]

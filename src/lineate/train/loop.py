@@ -112,6 +112,7 @@ def fit(
     *,
     evaluate: Evaluate | None = None,
     resume: bool = False,
+    keep_start: bool = False,
     about: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = _nothing,
     progress: Progress = _nothing,
@@ -119,7 +120,8 @@ def fit(
     """Train `model` in place, on the kind of device that it is on; it ends there in eval mode with the weights to keep.
 
     Those are the averaged ones with `config.ema`, and LoRA's updates are merged. Writes `out`/checkpoints, `out`/history.jsonl
-    and the tracker's files in `out`/logs. With `resume` it goes on from the newest whole checkpoint there, or begins.
+    and the tracker's files in `out`/logs. With `resume` it goes on from the newest whole checkpoint there, or begins. With
+    `keep_start` the model before the first step is the first checkpoint, since it took long to come by; not where it is sharded.
     `evaluate(model)` gives metrics for the history, on every process. `about` is what else must be the same for a run to be
     resumed, as JSON. `say` and `progress(done, total, what)` are called by the main process alone.
     Raises `TrainError`; a note on it, or on a KeyboardInterrupt, says which checkpoint was kept. The model is then unfinished.
@@ -132,7 +134,10 @@ def fit(
     with left_alone(), _deterministic(config), _tf32(config), _noting(out):
         run = _prepare(accelerator, model, batches, objective, config, out, evaluate, about, say)
         learning = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
-        state = checkpoints.resume(accelerator, out, run.identity, say) if resume else State()
+        state = checkpoints.resume(accelerator, out, run.identity, say, needed=keep_start) if resume else State()
+        # Not of a sharded optimiser: to write its state before any step, torch makes it take one, and it counts.
+        if keep_start and checkpoints.newest(out) is None and not accelerator.is_fsdp2:
+            checkpoints.save(accelerator, out, state, run.identity, config.keep)
         state = _train(run, batches, state, say, progress)
         _finish(run, model)
     return FitResult(
