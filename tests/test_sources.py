@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -212,7 +213,7 @@ def test_transformers_model_brings_its_processors_statistics_and_keeps_them(tmp_
         assert torch.equal(aligned(source.model)(picture).logits, model(picture).logits)
     checkpoint.save(convert(source.model), tmp_path / "saved")
     again = load_source(str(tmp_path / "saved"))
-    assert (again.mean, again.std, again.image_size) == (source.mean, source.std, 48)
+    assert (again.mean, again.std, again.image_size) == (source.mean, source.std, 64)
 
 
 def test_of_two_towers_the_one_that_sees_is_taken(tmp_path: Path) -> None:
@@ -343,3 +344,17 @@ def test_what_is_trained_from_scratch_at_a_size_is_of_that_size_when_it_is_loade
     assert made.image_size == load_source(str(tmp_path / "model")).image_size == 64
     with pytest.raises(SourceError, match=r"image size 65 is not a multiple of the patch \(16 px\); near: 64, 80"):
         load_source("timm:test_vit", scratch=5, image_size=65)
+
+
+@pytest.mark.parametrize("preset", ["t5", "softmax"])
+def test_a_model_that_was_loaded_for_a_size_keeps_it_and_another_can_be_asked_for(tmp_path: Path, preset: str) -> None:
+    """Converted, or a host like any other; its weights stay those of its own size."""
+    host = timm.create_model(NAME, img_size=64, num_classes=3, depth=1, dynamic_img_size=True)
+    checkpoint.save(convert(host, preset), tmp_path / "own")
+    for asked, expected in ((None, 64), (32, 32), (None, 32), (48, 48)):
+        place = tmp_path / ("own" if not (tmp_path / "kept").exists() else "kept")
+        source = load_source(str(place), image_size=asked)
+        assert source.image_size == expected and source.model.pos_embed.shape[1] == 17
+        model = source.model if preset == "t5" else convert(source.model, preset)
+        checkpoint.save(model, tmp_path / "kept", overwrite=True)
+        assert copy.deepcopy(checkpoint.original_of(model)).lineate_image_size == (None if expected == 64 else expected)

@@ -57,6 +57,7 @@ class Manifest(Frozen):
     tied: dict[str, str]  # the name of a tensor that is not stored -> the name under which the same tensor is
     host_sha256: str | None = None
     classes: tuple[str, ...] | None = None  # what a classifier's outputs stand for, where it is known
+    image_size: int | None = None  # side in px of the pictures that it was fitted to, where they were not of the host's own size
     files: tuple[SavedFile, ...]
     seal: str = ""
 
@@ -93,6 +94,7 @@ def save(
             tied=tied,
             host_sha256=_fingerprint(state) if delta else None,
             classes=family(done.family).class_names(model),
+            image_size=kept_size(model),
             files=tuple(
                 SavedFile(name=file.name, bytes=file.stat().st_size, sha256=_digest(file)) for file in sorted(temporary.iterdir())
             ),
@@ -135,7 +137,19 @@ def load(path: str | Path, *, base: nn.Module | None = None) -> nn.Module:
     cast(Any, model).lineate_record = manifest.record
     if manifest.classes is not None:
         family(manifest.record.family).name_classes(model, manifest.classes)
+    keep_size(model, manifest.image_size)
     return model.eval()
+
+
+def kept_size(model: nn.Module) -> int | None:
+    """Side in px of the pictures that `model` was loaded for, where that was said."""
+    found: int | None = getattr(model, "lineate_image_size", None)
+    return found
+
+
+def keep_size(model: nn.Module, size: int | None) -> None:
+    """Note that side; `save` keeps it."""
+    cast(Any, model).lineate_image_size = size
 
 
 def saved_in(place: str | Path) -> Path | None:
@@ -167,6 +181,7 @@ def original_of(model: nn.Module) -> nn.Module:
     _fill(host, state)
     if (names := family(done.family).class_names(model)) is not None:
         family(done.family).name_classes(host, names)
+    keep_size(host, kept_size(model))
     return host.to(next(model.parameters()).device).eval()
 
 

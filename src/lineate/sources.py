@@ -344,10 +344,14 @@ def _source(
     interpolated: tuple[str, ...],
     head: nn.Module | None = None,
 ) -> Source:
+    """A model that is loaded for a size keeps it, and what is saved of it is loaded for that size again."""
     geometry = detect(model).geometry(model)
     multiple = max(geometry.patch)
-    size = min(geometry.image or (0,)) if image_size is None else image_size
+    kept = image_size if image_size is not None else checkpoint.kept_size(model)
+    size = min(geometry.image or (0,)) if kept is None else kept
     if size < multiple or size % multiple:
         below = max(1, size // multiple) * multiple
         raise SourceError(f"image size {size} is not a multiple of the patch ({multiple} px); near: {below}, {below + multiple}")
+    if kept is not None:
+        checkpoint.keep_size(model, size)
     return Source(model.eval(), name, mean, std, size, multiple, interpolated, head)
