@@ -20,17 +20,19 @@ part() { # name, seconds at most, command
 }
 
 bench() { # name, source, preset, sizes
-  part "$1" 75 lineate bench "$2" --preset "$3" --sizes "$4" --device cuda --out "benchmarks/results/gpu-$1.json" --overwrite
+  part "$1" 55 lineate bench "$2" --preset "$3" --sizes "$4" --precision bf16 --device cuda \
+    --out "benchmarks/results/gpu-$1.json" --overwrite
 }
 
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,temperature.gpu --format=csv
-part correctness 160 python -m pytest -q tests/test_cuda.py tests/kernels/test_kernels.py
+part correctness 150 python -m pytest -q tests/test_cuda.py tests/kernels/test_kernels.py
 sweep="python benchmarks/ops.py --device cuda --dtype bfloat16 --batch 2 --heads 24 --loss l2 --seconds 4"
 part operator 90 $sweep --tokens 1024,4096,16384,65536 --skip "sdpa math" --out benchmarks/results/gpu-ops.json
 part operator-backward 70 $sweep --tokens 1024,4096,16384 --skip "sdpa math" --backward --out benchmarks/results/gpu-ops-backward.json
 part sd35 120 python benchmarks/sd35.py time --sizes 1024,2048 --repeats 3
 bench deit-s timm:deit_small_patch16_224 t5 224,512,1024
 bench dinov2-s embedded t5 224,448,1022,2044
+bench dit-xl dit:DiT-XL/2 dit5 32,64,128,256
 if [ ${#failed[@]} -gt 0 ]; then
   printf '\nFAILED: %s\n' "${failed[*]}" >&2
   exit 1

@@ -12,6 +12,8 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 _BENCH = "lineate bench embedded --sizes 224,336,518,1022"
+_HALF = "lineate bench --precision bf16"
+_DIT = f"{_HALF} dit:DiT-XL/2 --preset dit5"
 _GPU = "python benchmarks/ops.py --device cuda --dtype bfloat16 --batch 2 --heads 24 --loss l2"
 # name of the result file: what it shows and the command behind it, without --out
 WANTED = {
@@ -23,10 +25,16 @@ WANTED = {
     "cpu-t5-2layer-bf16": ("ViT-S/14 end to end, 2-layer, both in bf16, CPU", f"{_BENCH} --preset t5-2layer --precision bf16"),
     "cpu-t5-bf16": ("ViT-S/14 end to end, SwiGLU, both in bf16, CPU", f"{_BENCH} --preset t5 --precision bf16"),
     "cpu-t5-2layer-compiled": ("ViT-S/14 end to end, 2-layer, both compiled, CPU", f"{_BENCH} --preset t5-2layer --compile"),
+    "cpu-dit-xl": ("A step of DiT-XL/2, by the side of the latents, CPU", f"{_DIT} --sizes 32,64,128"),
     "exported": ("ViT-S/14 end to end, SwiGLU, both as ONNX graphs under onnxruntime, CPU", "python benchmarks/exported.py"),
     "gpu-ops": ("The operator, forward, GPU", f"{_GPU} --tokens 1024,4096,16384,65536"),
     "gpu-ops-backward": ("The operator, forward and backward, GPU", f"{_GPU} --tokens 1024,4096,16384 --backward"),
-    "gpu-t5": ("ViT-S/14 end to end, SwiGLU, GPU", f"{_BENCH} --preset t5 --device cuda"),
+    "gpu-dinov2-s": ("ViT-S/14 end to end, SwiGLU, GPU", f"{_HALF} embedded --sizes 224,448,1022,2044 --device cuda"),
+    "gpu-deit-s": (
+        "DeiT-S end to end, GPU",
+        f"{_HALF} timm:deit_small_patch16_224 --sizes 224,512,1024 --device cuda",
+    ),
+    "gpu-dit-xl": ("A step of DiT-XL/2, by the side of the latents, GPU", f"{_DIT} --sizes 32,64,128,256 --device cuda"),
 }
 
 

@@ -29,9 +29,10 @@ from lineate.evaluate.cost import Cost, check_sizes, cost
 from lineate.evaluate.fidelity import Fidelity, fidelity
 from lineate.evaluate.top1 import compare, prepare, top_k
 from lineate.families import detect
+from lineate.families.denoiser import Denoiser
 from lineate.images import Crops, ImageError, centre_crop, open_image
 from lineate.report import render
-from lineate.sources import Source, load_source
+from lineate.sources import Source, is_denoiser, load_denoiser, load_source
 from lineate.train.config import TrainConfig
 from lineate.version import __version__
 
@@ -224,12 +225,31 @@ def read_held_out(source: Source, paths: Sequence[Path]) -> tuple[dict[Path, Ten
     return images, skipped
 
 
-def choose_sizes(model: nn.Module, sizes: Sequence[tuple[int, int]] | None, multiple: int) -> tuple[tuple[int, int], ...]:
-    """The sizes (h, w) in px to time at, checked; where none are said, `SIZES_PX`, or the one size that the model takes."""
-    geometry = detect(model).geometry(model)
-    if sizes is None and not geometry.any_size and geometry.image is not None:
-        return (geometry.image,)
-    chosen = sizes or [(px // multiple * multiple,) * 2 for px in SIZES_PX]
+def load_timed(text: str, conversion: Conversion | None, device: str) -> tuple[nn.Module, nn.Module]:
+    """The original and the converted model of a source, to be timed; weights without a file are drawn, which take as long."""
+    named = text.startswith(("timm:", "dit:")) and "@" not in text
+    if not is_denoiser(text):
+        pair = load_pair(text, conversion, device=device, scratch=1000 if named else None)
+        return pair.original, pair.converted
+    model = load_denoiser(text, drawn={} if named else None).to(runs.find_device(device))
+    if getattr(model, "lineate_record", None) is not None:
+        return checkpoint.original_of(model), model
+    return copy.deepcopy(model), convert(model, conversion or Conversion())
+
+
+def choose_sizes(model: nn.Module, sizes: Sequence[tuple[int, int]] | None) -> tuple[tuple[int, int], ...]:
+    """The sizes (h, w) in px to time at, checked: where none are said, the only one that the model takes, or `SIZES_PX`.
+
+    Of latents, the model's own, twice and four times that.
+    """
+    family, geometry = detect(model), detect(model).geometry(model)
+    own, multiple = geometry.image, max(geometry.patch)
+    usual = [(px // multiple * multiple,) * 2 for px in SIZES_PX]
+    if own is not None and not geometry.any_size:
+        usual = [own]
+    elif own is not None and isinstance(family, Denoiser):
+        usual = [(times * own[0], times * own[1]) for times in (1, 2, 4)]
+    chosen = sizes or usual
     check_sizes(model, chosen)
     return tuple(chosen)
 
@@ -254,7 +274,7 @@ def linearize(plan: Plan, *, say: Say = _nothing, progress: Progress = _nothing)
     with clock("load"):
         options = made_with(plan.train)
         pair = load_pair(plan.source, plan.conversion, image_size=plan.image_size, device=plan.device, **options)
-    sizes = choose_sizes(pair.original, plan.sizes, pair.source.multiple)
+    sizes = choose_sizes(pair.original, plan.sizes)
     held_out, skipped = read_held_out(pair.source, plan.held_out)
     taught = _taught(plan, pair, say)
     with folder:
@@ -275,7 +295,7 @@ def linearize(plan: Plan, *, say: Say = _nothing, progress: Progress = _nothing)
         with clock("fidelity"):
             after = fidelity(pair.original, pair.converted, held_out.values())
         with clock("cost"):
-            costs = measure_cost(pair, sizes, progress)
+            costs = measure_cost(pair.original, pair.converted, sizes, progress)
         say("drawing")
         with clock("analysis"):
             shift = key_shift(pair.original, held_out.values())
@@ -377,10 +397,12 @@ def measure_uncalibrated(pair: Pair, images: Sequence[Tensor]) -> Fidelity | Non
         return None
 
 
-def measure_cost(pair: Pair, sizes: Sequence[tuple[int, int]], progress: Progress, compiled: bool = False) -> Cost:
-    """Original and converted model timed side by side at every size; large ones less often."""
+def measure_cost(
+    original: nn.Module, converted: nn.Module, sizes: Sequence[tuple[int, int]], progress: Progress, compiled: bool = False
+) -> Cost:
+    """Both models timed side by side at every size; large ones less often."""
     return cost(
-        pair.original, pair.converted, sizes,
+        original, converted, sizes,
         repeats=REPEATS, seconds_per_size=SECONDS_PER_SIZE, compiled=compiled, progress=progress,
     )  # fmt: skip
 

@@ -32,6 +32,7 @@ from lineate.mixers import MIXERS, TokenMixer
 from lineate.mixers.base import Frozen
 from lineate.mixers.linear import LinearConfig
 from lineate.mixers.ttt import TTTConfig
+from lineate.models.dit import DiT
 from lineate.recipes import RECIPES
 from lineate.report.run import load_run
 from lineate.settings import SettingsError, parse_sizes, read_settings
@@ -120,6 +121,21 @@ def test_from_a_source_to_a_report(tmp_path: Path, weights: str, images: Path) -
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
     (out / "report.html").unlink()
     assert "patch tokens" in done("report", out) and (out / "report.html").is_file()
+
+
+def test_a_step_of_a_dit_is_timed_with_random_weights_or_saved_ones(tmp_path: Path) -> None:
+    tiny = "dit:input_size=8,in_channels=3,hidden_size=16,depth=1,num_heads=2"
+    shown = done("bench", tiny, "--precision", "bf16", "--out", tmp_path / "bench.json")
+    found = json.loads((tmp_path / "bench.json").read_text())
+    rows, conversion = found["cost"]["rows"], found["conversion"]
+    assert [(row["height"], row["width"], row["tokens"]) for row in rows] == [(8, 8, 16), (16, 16, 64), (32, 32, 256)]
+    assert found["cost"]["dtype"] == "bfloat16" and conversion["neighborhood"] is not None and "32×32" in shown
+    lineate.save(lineate.convert(DiT(input_size=8, hidden_size=16, depth=1, num_heads=2), "hyena-x"), tmp_path / "saved")
+    done("bench", tmp_path / "saved", "--sizes", "8x12", "--out", tmp_path / "saved.json")
+    found = json.loads((tmp_path / "saved.json").read_text())
+    assert found["conversion"]["mixer"]["name"] == "hyena" and found["cost"]["rows"][0]["tokens"] == 24
+    done("bench", "timm:vit_tiny_patch16_224", "--sizes", "224", "--set", 'sites=["blocks.0.attn"]')  # downloads nothing
+    assert "unknown precision 'fp8'; choices: fp32, bf16, fp16" in refused("bench", tiny, "--precision", "fp8")
 
 
 def test_convert_calibrate_bench_and_analyze(tmp_path: Path, saved: Path, images: Path) -> None:

@@ -291,15 +291,20 @@ def convert(
 
 @app.command()
 def bench(
-    source: SourceArgument, preset: Preset = None, config: Config = None, set_: Set = None, sizes: Sizes = None,
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help=f"The model: {SOURCE}; dit:NAME or dit:NAME@CHECKPOINT.")],
+    preset: Preset = None, config: Config = None, set_: Set = None, sizes: Sizes = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Time both models through torch.compile.")] = False,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16, of both models.")] = "fp32",
     out: OutFile = None, overwrite: Overwrite = False, device: Device = "cpu",
 ) -> None:  # fmt: skip
-    """Time original and converted model side by side, and count their multiply-adds and memory; no calibration is needed."""
+    """Time original and converted model side by side, and count their multiply-adds and memory; no calibration is needed.
+
+    Of a DiT one step is timed, at sizes of its latents. Weights of timm's and of a DiT without a checkpoint are random: they take
+    as long, and nothing is downloaded.
+    """
     from lineate import runs
     from lineate.convert import record
-    from lineate.linearize import choose_sizes, load_pair, measure_cost
+    from lineate.linearize import choose_sizes, load_timed, measure_cost
     from lineate.settings import parse_sizes
 
     settings = read(source, preset, config, set_, None)
@@ -307,14 +312,13 @@ def bench(
     place, dtype = runs.find_device(device), runs.find_precision(precision)
     runs.check_file(out, overwrite)
     with screen() as shown:
-        pair = load_pair(source, settings.conversion, device=device)
-        pair.original.to(dtype), pair.converted.to(dtype)
-        figures = measure_cost(pair, choose_sizes(pair.original, wanted, pair.source.multiple), shown.progress, compiled)
+        original, converted = (model.to(dtype) for model in load_timed(source, settings.conversion, device))
+        figures = measure_cost(original, converted, choose_sizes(original, wanted), shown.progress, compiled)
     show_cost(figures)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        conversion = record(pair.converted).conversion.model_dump(mode="json")
-        runs.write_json(out, {"source": pair.source.name, "command": runs.command_line(), "created": runs.now(),
+        conversion = record(converted).conversion.model_dump(mode="json")
+        runs.write_json(out, {"source": source, "command": runs.command_line(), "created": runs.now(),
                         "conversion": conversion, "environment": runs.environment(place),
                         "cost": figures.model_dump(mode="json")})  # fmt: skip
         typer.echo(f"figures: {out}")

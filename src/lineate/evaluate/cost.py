@@ -1,7 +1,7 @@
 """What a conversion buys: latency, multiply-adds and memory of host and converted model side by side, and where they cross.
 
-Latency: one forward pass end to end, the two models taking turns, so that whatever else the machine does falls on both;
-median and interquartile range; CUDA synchronised on both sides of every timing.
+Latency: one forward pass end to end, of a denoiser one step; the two models taking turns, so that whatever else the machine
+does falls on both; median and interquartile range; CUDA synchronised on both sides of every timing.
 Multiply-adds: a multiply-add counts one (the paper's convention). Matrix products and convolutions count, norms and
 elementwise functions do not. Counted on fake tensors: exact for any size, without memory or arithmetic. Softmax attention is
 counted as its two matrix products (the MATH backend): not every torch counts the fused ones on a CPU.
@@ -334,14 +334,14 @@ def cost(
     and at the end. Raises `EvaluationError`.
     """
     _check(original, converted, sizes, {"batch": batch, "repeats": repeats, "warmup": warmup})
-    reference = next(original.parameters())
+    reference, channels = next(original.parameters()), detect(original).geometry(original).channels
     generator = torch.Generator().manual_seed(0)
     rows: list[CostRow] = []
     with evaluating(original, converted):
         for height, width in sorted(sizes, key=math.prod):
             if progress is not None:
                 progress(len(rows), len(sizes), f"timing {height}×{width} px")
-            images = torch.randn(batch, 3, height, width, generator=generator).to(reference.device, reference.dtype)
+            images = torch.randn(batch, channels, height, width, generator=generator).to(reference.device, reference.dtype)
             rows.append(_row((original, converted), images, repeats, warmup, seconds_per_size, compiled))
     if progress is not None:
         progress(len(rows), len(sizes), "timing done")

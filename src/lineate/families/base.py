@@ -59,7 +59,7 @@ class Geometry:
     """What pictures a host takes and what its tokens are. Sizes are (height, width) in px; `image` is the host's own, if known.
 
     `any_size`: whether it takes every multiple of the patch, or `image` alone. Of the `prefix` tokens before the patches the
-    first is the class token if `class_token`.
+    first is the class token if `class_token`. A denoiser's pictures are its latents, of `channels` channels.
     """
 
     patch: tuple[int, int]
@@ -67,6 +67,7 @@ class Geometry:
     any_size: bool
     prefix: int
     class_token: bool
+    channels: int = 3
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ class Family(ABC):
         """Mean and std per channel of the pictures that the model was trained on; None where the model does not say."""
 
     def runner(self, model: nn.Module) -> Callable[[Tensor], Any]:
-        """What runs the model on pictures (B, 3, h, w) of any size that it takes: the model itself where that is all."""
+        """What runs the model on pictures (B, channels, h, w) of any size that it takes: the model itself where that is all."""
         return model
 
     @abstractmethod

@@ -1,17 +1,18 @@
 """The project's own DiT (`models/dit.py`), whose weights are the original's, SiT's or diffusers'.
 
 Its attention is timm's, at `blocks.{i}.attn`; tokens are the row-major grid of patches and nothing else. What takes its place is
-`timm_attention.py`'s. A denoiser answers latents, times and classes: what asks a host about pictures is refused.
+`timm_attention.py`'s. A denoiser answers latents, times and classes: what asks a host about pictures is refused, but a step of it
+can be timed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lineate.core import CoreAttention
 from lineate.families.base import AttentionSite, Geometry, GridTracker, Note, fused_or_not
@@ -68,7 +69,12 @@ class LineateDiT(Denoiser):
         """That of the latents, in their own px."""
         patch = model.patch_size
         own = (model.grid[0] * patch, model.grid[1] * patch)
-        return Geometry(patch=(patch, patch), image=own, any_size=True, prefix=0, class_token=False)
+        channels = model.x_embedder.proj.in_channels
+        return Geometry((patch, patch), own, any_size=True, prefix=0, class_token=False, channels=channels)
+
+    def runner(self, model: nn.Module) -> Callable[[Tensor], Any]:
+        """One step of denoising: latents (B, channels, h, w) at one time, of one class."""
+        return lambda latents: model(latents, latents.new_full((len(latents),), 0.5), latents.new_zeros(len(latents)).long())
 
     def watch(self, model: nn.Module, sites: Collection[str], note: Note) -> AbstractContextManager[None]:
         """See `timm_watch.py`."""
