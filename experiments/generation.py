@@ -13,7 +13,7 @@ from __future__ import annotations
 import shlex
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ SAMPLES, REFERENCE, COMPONENTS = 500, 2000, 64
 SAMPLING = Sampling(scheduler="flow", steps=20, guidance=1.0)
 CALIBRATION = CalibrationConfig(steps=300, batch=8, pool=256)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GPUS = 8  # at full size
+Tuning = Callable[[float], list[str]]  # the options that tune, at full size, for a share of the host's steps
 
 
 def epochs(steps: float) -> float:
@@ -175,21 +177,19 @@ def shown(rows: Sequence[dict[str, Any]], part: str = "final") -> str:
     return f"{' / '.join(cells)} ({len(found)})" + (f", {diverged} diverged" if diverged else "")
 
 
-def command(table: Table, run: Run, host: str, data: str, *, full_epochs: int, guidance: float) -> str:
-    """The commands that do one run at full size, from a host of `full_epochs`: calibrate or not, train, sample, measure."""
+def command(table: Table, run: Run, host: str, data: str, *, tuning: Tuning, guidance: float) -> str:
+    """The commands that do one run at full size, on `GPUS`: calibrate or not, train as `tuning` says, sample, measure."""
     out = f"runs/{table.name}/{run.name}"
     options = ["--preset", run.preset, *(word for field in run.conversion_fields() for word in ("--set", field))]
     steps, source = [], host
     if run.calibrated:
         steps.append(["lineate", "calibrate", host, *options, "--device", "cuda", "--out", f"{out}-calibrated"])
         source, options = f"{out}-calibrated", []
-    many = ["accelerate", "launch", "-m", "lineate"]
+    many = ["accelerate", "launch", "--num_processes", str(GPUS), "-m", "lineate"]
     if run.tune is not None:
         train = [*many, "train", source, "--data", data, "--vae", "VAE", "--cache", "runs/latents", "--recipe", "dit5"]
-        share = next((float(field.partition("=")[2]) for field in run.set if field.startswith("train.epochs")), None)
-        if share is not None:
-            train += ["--epochs", f"{share / epochs(HOST_STEPS) * full_epochs:.3g}"]
-        steps.append([*train, *options, "--device", "cuda", "--out", out])
+        share = next(float(field.partition("=")[2]) for field in run.set if field.startswith("train.epochs"))
+        steps.append([*train, *tuning(share / epochs(HOST_STEPS)), *options, "--device", "cuda", "--out", out])
         source = out
     sampled = ["--number", "50000", "--guidance", f"{guidance:g}", "--vae", "VAE", "--batch", "64", "--device", "cuda"]
     steps.append([*many, "generate", source, "--out", f"{out}-pictures", *sampled])
@@ -197,9 +197,19 @@ def command(table: Table, run: Run, host: str, data: str, *, full_epochs: int, g
     return " && ".join(shlex.join(step) for step in steps)
 
 
-def scale(host: str, full_epochs: int, guidance: float) -> Scale:
-    """This scale, for a table whose host at full size is that one."""
-    return Scale("dit", DATA, opened, execute, shown, partial(command, full_epochs=full_epochs, guidance=guidance), host)
+def of_epochs(host_epochs: int) -> Tuning:
+    """The same share of a host's epochs as in the small, in the recipe's steps of 16 pictures a GPU."""
+    return lambda share: ["--epochs", f"{share * host_epochs:.3g}"]
+
+
+def in_steps(steps: int, pictures: int) -> Tuning:
+    """So many steps of so many pictures on all GPUs together, whatever the share in the small."""
+    return lambda share: ["--set", f"train.steps={steps}", "--set", f"train.batch={pictures // GPUS}"]
+
+
+def scale(host: str, tuning: Tuning, guidance: float) -> Scale:
+    """This scale, for a table whose host at full size is that one, and is tuned there so."""
+    return Scale("dit", DATA, opened, execute, shown, partial(command, tuning=tuning, guidance=guidance), host)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,18 @@
 """Table 10: which weights a DiT⁵ inherits.
 
 python experiments/table10.py --scale small --data ../shared/data/cifar10 --threads 1
-python experiments/table10.py --scale full      prints the commands at the paper's size: DiT-S/2, a tenth of its host's epochs
-
-The paper's rows have 50,000 steps of 256 pictures, 10 epochs: for these give the commands --epochs 10 --set train.batch=32 on 8
-GPUs.
+python experiments/table10.py --scale full      prints the commands at the paper's size: DiT-S/2, 50,000 steps of 256 pictures
 
 The paper's host is DiT-S/2 after 400,000 steps of 256, 80 epochs:
-    accelerate launch -m lineate train dit:DiT-S/2 --scratch --data IMAGENET --vae VAE --preset softmax --recipe dit --epochs 80 \
-        --out runs/dit-s --device cuda
+    accelerate launch --num_processes 8 -m lineate train dit:DiT-S/2 --scratch --data IMAGENET --vae VAE --preset softmax \
+        --recipe dit --epochs 80 --out runs/dit-s --device cuda
 """
 
-from generation import budget, scale
+from generation import budget, in_steps, scale
 from harness import Row, Run, Table, main
 
 STEPS = budget(0.1)  # the paper's are 12.5 % of its host's
-SMALL = scale("runs/dit-s/model", 80, 1.0)
+SMALL = scale("runs/dit-s/model", in_steps(50_000, 256), 1.0)
 
 TABLE = Table(
     "table10",

@@ -1,10 +1,9 @@
 """Table 12: DiT⁵ with its neighborhood branch and without.
 
 python experiments/table12.py --scale small --data ../shared/data/cifar10 --threads 1
-python experiments/table12.py --scale full      prints the commands at the paper's size: DiT-S/2, a tenth of its host's epochs
+python experiments/table12.py --scale full      prints the commands at the paper's size: DiT-S/2, 50,000 steps of 256 pictures
 
-The paper's rows have 50,000 steps of 256 pictures, 10 epochs: for these give the commands --epochs 10 --set train.batch=32 on 8
-GPUs.
+table10.py has the command that trains its host.
 """
 
 from harness import Row, Run, Table, main

@@ -8,7 +8,7 @@ Quoted by the paper from elsewhere, FID / IS: DiM-H 2.40, DiffuSSM-XL-G 2.28 / 2
 SimpleDiff U-ViT 2.77 / 211.8, SiT-XL 2.06 / 277.5.
 """
 
-from generation import budget, scale
+from generation import budget, of_epochs, scale
 from harness import Row, Run, Table, main
 
 BUDGETS = {"0.57 %": 0.0057, "2 %": 0.02, "10 %": 0.1}
@@ -39,7 +39,7 @@ TABLE = Table(
         Row("The host as it is", (None,) * 4, (None, Run("softmax", tune=None), None, None)),
     ),
     "500 pictures against 2,000 test pictures, 20 Euler steps, no guidance; lower is better. Not comparable with FID.",
-    scale("dit:DiT-XL/2@DiT-XL-2-256x256.pt", 1400, 1.5),
+    scale("dit:DiT-XL/2@DiT-XL-2-256x256.pt", of_epochs(1400), 1.5),
 )
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import importlib
 import json
+import shlex
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +20,7 @@ import lineate
 from lineate.data import open_data
 from lineate.evaluate.fid import Extractor, Features
 from lineate.models.dit import DiT
+from lineate.settings import read_settings
 from lineate.train.latents import cache
 
 ROOT = Path(__file__).parents[1] / "experiments"
@@ -123,6 +126,24 @@ def test_full_size_commands_keep_the_papers_lengths(modules: dict[str, ModuleTyp
     assert "--recipe deit" in lines[1] and "--out runs/deit" in lines[1]
 
 
+def test_full_size_generation_has_the_papers_budgets(modules: dict[str, ModuleType]) -> None:
+    """Table 6 in epochs, of which DiT⁵ has 8; Tables 10 and 12 in 50,000 steps of 256 pictures, 32 on each of 8 GPUs."""
+
+    def tuned(name: str) -> list[list[str]]:
+        lines = modules["harness"].full_size(modules[name].TABLE, "HOST", "IMAGENET")
+        parts = [shlex.split(part) for line in lines for part in line.split(" && ") if " train " in part]
+        assert all(words[:7] == ["accelerate", "launch", "--num_processes", "8", "-m", "lineate", "train"] for words in parts)
+        return [words[7:] for words in parts]
+
+    assert "7.98" in [words[words.index("--epochs") + 1] for words in tuned("table6")]
+    for words in (*tuned("table10"), *tuned("table12")):
+        settings = read_settings(
+            preset_name=words[words.index("--preset") + 1], recipe="dit5", trains=True,
+            assignments=[value for flag, value in pairwise(words) if flag == "--set"],
+        )  # fmt: skip
+        assert settings.train is not None and (settings.train.steps, 8 * settings.train.batch) == (50_000, 256)
+
+
 def test_every_row_of_every_table_is_a_conversion_and_a_training_that_exist(modules: dict[str, ModuleType]) -> None:
     for name in (*TABLES, *GENERATION):
         table = modules[name].TABLE
@@ -134,7 +155,9 @@ def test_every_row_of_every_table_is_a_conversion_and_a_training_that_exist(modu
             small, generation = modules["small"], modules["generation"]
             config = generation.tuning(run, 0) if name in GENERATION else small.tuning(run.tune, fields, 0)
             assert (config is None) == (run.tune is None)
-    shares = [generation.tuning(run, 0).epochs * 1562 / 1200 for run in modules["table6"].TABLE.rows[0].runs if run]
+    shares = [
+        generation.tuning(run, 0).epochs * 1562 / generation.HOST_STEPS for run in modules["table6"].TABLE.rows[0].runs if run
+    ]
     assert shares == pytest.approx([0.0057, 0.02, 0.1], rel=1e-3)
     names = [run.name for name in TABLES for run in modules[name].TABLE.every()]
     assert len({run for name in TABLES for run in modules[name].TABLE.every()}) == len(set(names))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -311,11 +312,16 @@ def test_grid_and_npz_hold_the_pictures(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_make_what_one_makes(tmp_path: Path) -> None:
-    """Over gloo."""
+    """Over gloo; the two go on where a process alone was killed."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, with_launcher in (("one", []), ("two", launcher)):
+        if with_launcher:
+            (tmp_path / name).mkdir()
+            for made in ("00001.png", module.ABOUT):
+                shutil.copy2(tmp_path / "one" / made, tmp_path / name)
         command = [sys.executable, *with_launcher, str(WORKER), str(tmp_path / name)]
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
-    assert len(one) == 6 and one == two
+    assert len(one) == 6 and one == two and read(tmp_path / "two" / "00004.png").shape == (3, 12, 16)
+    assert (tmp_path / "two" / "00001.png").stat().st_mtime_ns == (tmp_path / "one" / "00001.png").stat().st_mtime_ns
