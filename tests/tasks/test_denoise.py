@@ -157,6 +157,7 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(tmp_path: Path, data: 
     assert "has 5 classes" in refused(GEOMETRY + ",num_classes=2", "--scratch", "--image-size", 16, *out)
     assert "do not fill one step" in refused(original, "--vae", vae, *out, "--set", "train.batch=64")
     assert "distill is for classifiers" in refused(original, "--vae", vae, *out, "--set", "train.distill.logits=1")
+    assert "drop_path is for classifiers of timm's" in refused(original, "--vae", vae, *out, "--set", "train.drop_path=0.1")
     assert list(tmp_path.iterdir()) == []
 
 

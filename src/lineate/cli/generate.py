@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from lineate.cli.options import AllChannels, Scheduler, place_to_draw
-from lineate.cli.prompts import draw_prompts, parse_size
+from lineate.cli.options import AllChannels, Scheduler, parse_size, place_to_draw
+from lineate.cli.prompts import draw_prompts
 from lineate.cli.terminal import screen
 
 MOST_COLUMNS = 16

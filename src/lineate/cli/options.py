@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -105,3 +106,15 @@ def place_to_draw(device: str, out: Path | None) -> tuple[torch.device, Accelera
     if out is None:
         raise GenerateError("several processes need --out, a folder that all of them write into")
     return shared.device, shared, bool(shared.is_main_process)
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Height and width of "1024" or "768x1280". Raises `GenerateError`."""
+    from lineate.text2image.autoencoder import GenerateError
+
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip(), re.ASCII | re.IGNORECASE)
+    if found is None:
+        raise GenerateError(f"--size takes pixels like 1024 or 768x1280 (height x width), got {text!r}")
+    return int(found[1]), int(found[2] or found[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import typer
 
-from lineate.cli.options import place_to_draw
+from lineate.cli.options import parse_size, place_to_draw
 from lineate.cli.terminal import screen
 
 
@@ -49,15 +48,3 @@ def draw_prompts(
             together(files, images).save(grid)
     if first:
         typer.echo("; ".join(f"{what}: {path}" for what, path in (("pictures", out), ("grid", grid)) if path is not None))
-
-
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """Height and width of "1024" or "768x1280". Raises `GenerateError`."""
-    from lineate.text2image.autoencoder import GenerateError
-
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip(), re.ASCII | re.IGNORECASE)
-    if found is None:
-        raise GenerateError(f"--size takes pixels like 1024 or 768x1280 (height x width), got {text!r}")
-    return int(found[1]), int(found[2] or found[1])

@@ -65,14 +65,17 @@ class Task(ABC):
     """
 
     unfit: tuple[str, ...] = ()  # the plan's options that mean nothing here
+    drops_path = False  # whether train.drop_path means something here
     model: nn.Module
     name: str
 
     def __init__(self, plan: TrainPlan, say: Say) -> None:
-        """Open the data. Raises `TrainError` for an option of other tasks."""
+        """Open the data. Raises `TrainError` for an option or a field of other tasks."""
         for option in self.unfit:
             if getattr(plan, option):
                 raise TrainError(f"{option} means nothing to {type(self).__name__.lower()}; leave it out")
+        if plan.train.drop_path is not None and not self.drops_path:
+            raise TrainError("drop_path is for classifiers of timm's; leave it out")
         self.plan, self.say = plan, say
 
     @abstractmethod

@@ -18,6 +18,7 @@ class Classification(Task):
     """A classifier of pictures."""
 
     unfit = ("vae", "cache")
+    drops_path = True
 
     def __init__(self, plan: TrainPlan, say: Say) -> None:
         """Open both splits."""

@@ -32,8 +32,6 @@ class Denoising(Task):
     def __init__(self, plan: TrainPlan, say: Say) -> None:
         """Open pictures and autoencoder."""
         super().__init__(plan, say)
-        if plan.train.drop_path is not None:
-            raise TrainError("drop_path is for classifiers of timm's; leave it out")
         if plan.train.distill != Distill():
             raise TrainError("distill is for classifiers; leave it out")
         if plan.train.denoise.taught:

@@ -31,8 +31,6 @@ class Prompted(Task):
     def __init__(self, plan: TrainPlan, say: Say) -> None:
         """Open the pictures."""
         super().__init__(plan, say)
-        if plan.train.drop_path is not None:
-            raise TrainError("drop_path is for classifiers of timm's; leave it out")
         if plan.train.distill != Distill():
             raise TrainError("distill is for classifiers; train.denoise.taught is for what a denoiser learns from its original")
         check_unvaried(plan.train)
