@@ -138,6 +138,10 @@ def test_columns_are_found_by_type_and_can_be_named(tmp_path: Path) -> None:
     assert held(open_data(file, split=None, label_column="coarse", image_column="img")) == [(6, "z")]
     with pytest.raises(DataError, match="no column 'picture'; choices: fine, img, coarse, id"):
         open_data(file, split=None, image_column="picture")
+    with pytest.raises(DataError, match=r"column 'fine' of .* holds no pictures; choices: img"):
+        open_data(file, split=None, image_column="fine")
+    with pytest.raises(DataError, match=r"column 'img' of .* holds pictures, not labels; choices: fine, coarse, id"):
+        open_data(file, split=None, label_column="img")
 
     bare = tmp_path / "bare.parquet"  # nothing in it says what the columns are
     pq.write_table(pa.table({"image": [{"bytes": png(8), "path": None}], "label": [0], "id": [5]}), bare)
@@ -149,7 +153,7 @@ def test_columns_are_found_by_type_and_can_be_named(tmp_path: Path) -> None:
     assert held(open_data(plain, split=None, image_column="pixels")) == [(9, "0")]
 
 
-def test_what_is_not_there_is_named_with_the_choices(tmp_path: Path) -> None:
+def test_what_is_not_there_is_named_with_the_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"nowhere is not there; expected a folder with a sub-folder per class"):
         open_data(tmp_path / "nowhere", split=None)
     (tmp_path / "empty").mkdir()
@@ -164,6 +168,19 @@ def test_what_is_not_there_is_named_with_the_choices(tmp_path: Path) -> None:
     write(tmp_path / "odd" / "left" / "a.parquet", [0])
     with pytest.raises(DataError, match="no split 'test'; choices: train"):
         open_data(tmp_path / "odd", split="test")
+    with pytest.raises(DataError, match="no name after hf: in 'hf:'; expected a folder"):
+        open_data("hf:", split="test")
+    asked: list[tuple[str, str | None]] = []
+
+    def unreachable(name: str, config: str | None) -> None:
+        asked.append((name, config))
+        raise ConnectionError("Couldn't reach it on the Hub\nand more")
+
+    monkeypatch.setattr("datasets.load_dataset_builder", unreachable)
+    for opened in (open_data, open_stream):
+        with pytest.raises(DataError, match="cannot open hf:some/thing:part: Couldn't reach it on the Hub; expected a folder"):
+            opened("hf:some/thing:part", split="test")
+    assert asked == [("some/thing", "part")] * 2
 
 
 def test_a_broken_picture_gives_way_to_the_next_and_is_named(tmp_path: Path) -> None:
@@ -177,7 +194,7 @@ def test_a_broken_picture_gives_way_to_the_next_and_is_named(tmp_path: Path) -> 
     assert (exact.image, exact.label, list(exact.skipped)) == (None, 1, ["train[1]"])
     with pytest.raises(IndexError):
         data[4]
-    with pytest.raises(DataError, match=r"train\[1\] cannot be read"):
+    with pytest.raises(DataError, match=r"train\[1\] cannot be read as a picture: it is in no format that Pillow knows$"):
         open_data(file, split=None, strict=True).take(1)
     none = open_data(write(tmp_path / "none.parquet", [0, 0], content=lambda i: b"nonsense"), split=None)
     with pytest.raises(DataError, match=r"none of the 2 pictures of .* can be read; the first: train\[1\]"):

@@ -306,6 +306,8 @@ def load_table(source: str, split: str | None, *, streaming: bool) -> tuple[Any,
     try:
         if source.startswith("hf:"):
             name, _, config = source.removeprefix("hf:").partition(":")
+            if not name:
+                raise DataError(f"no name after hf: in {source!r}; expected {FORMS}")
             builder = datasets.load_dataset_builder(name, config or None)
         elif _local(source).is_dir():
             builder = datasets.load_dataset_builder(str(_local(source).resolve()))
@@ -328,8 +330,12 @@ def _columns(features: Mapping[str, Any], image: str | None, label: str | None, 
     from datasets import ClassLabel
 
     images = [name for name, kind in features.items() if holds_pictures(kind)]
+    if image is not None and image in features and not _may_hold_pictures(features[image]):
+        raise DataError(f"column {image!r} of {source} holds no pictures; choices: {', '.join(images) or 'none'}")
     image = choose_column(image, [images], "pictures", "image_column (--image-column)", features, source)
-    rest = {name: kind for name, kind in features.items() if name not in images}
+    rest = {name: kind for name, kind in features.items() if name not in images and name != image}
+    if label in features and label not in rest:
+        raise DataError(f"column {label!r} of {source} holds pictures, not labels; choices: {', '.join(rest) or 'none'}")
     named = [name for name, kind in rest.items() if isinstance(kind, ClassLabel)]
     others = [name for name, kind in rest.items() if str(getattr(kind, "dtype", "")).lstrip("u").startswith(("int", "string"))]
     usual = [name for name in others if name in ("label", "labels")]
@@ -341,6 +347,11 @@ def holds_pictures(kind: Any) -> bool:
     from datasets import Image
 
     return isinstance(kind, Image) or (isinstance(kind, dict) and set(kind) == {"bytes", "path"})
+
+
+def _may_hold_pictures(kind: Any) -> bool:
+    """Pictures, or what `datasets` makes some of: contents or paths."""
+    return holds_pictures(kind) or str(getattr(kind, "dtype", "")).removeprefix("large_") in ("binary", "string")
 
 
 def choose_column(

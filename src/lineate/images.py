@@ -43,7 +43,7 @@ def open_image(file: str | Path | BinaryIO, *, name: str | None = None, upright:
 
     Errors call it `name` (default: the path).
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(file) as stored:
@@ -51,6 +51,8 @@ def open_image(file: str | Path | BinaryIO, *, name: str | None = None, upright:
             if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 255 rather than scale them
                 image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
             return image.convert("RGB")
+    except UnidentifiedImageError as error:  # Pillow's own words name an object and where it lies in memory
+        raise ImageError(f"{name or file} cannot be read as a picture: it is in no format that Pillow knows") from error
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ImageError(
             f"{name or file} cannot be read as a picture: {str(error).splitlines()[0] if str(error) else error!r}"
