@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +160,19 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(tmp_path: Path, data: 
     assert "distill is for classifiers" in refused(original, "--vae", vae, *out, "--set", "train.distill.logits=1")
     assert "drop_path is for classifiers of timm's" in refused(original, "--vae", vae, *out, "--set", "train.drop_path=0.1")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_unreadable_pictures_are_told_by_whoever_cached_them(tmp_path: Path, data: Path) -> None:
+    """Also where the cache was there, and where the run is resumed; with --strict-data a cache without them is none."""
+    broken = tmp_path / "broken"
+    shutil.copytree(data, broken)
+    (broken / "class1" / "0.png").write_text("no picture")
+    command = (GEOMETRY, "--scratch", "--image-size", 16, "--data", broken, *QUICK, "--epochs", 1, "--cache", tmp_path / "cache")
+    for name, more in (("made", ()), ("part", ("--set", "train.max_steps=2")), ("part", ("--resume",))):
+        skipped = done(*command, "--out", tmp_path / name, *more)["results"]["images"]["skipped"]
+        assert [Path(file) for file in skipped] == [broken / "class1" / "0.png"]
+    assert "0.png cannot be read as a picture" in refused(*command, "--out", tmp_path / "no", "--strict-data")
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.slow

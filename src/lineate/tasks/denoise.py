@@ -113,11 +113,13 @@ class Denoising(Task):
             data, self.folder, size=self.image_size, vae=vae, workers=plan.train.workers, accelerator=together, progress=progress
         )
         self.vae = vae.cpu() if vae is not None else None
-        return Lesson(CachedBatches(self.folder, plan.train), denoising(self.made_by.null, plan.train.denoise))
+        batches = CachedBatches(self.folder, plan.train)
+        data.note(batches.skipped)
+        return Lesson(batches, denoising(self.made_by.null, plan.train.denoise))
 
     def told(self, result: FitResult, figures: Any) -> dict[str, Any]:
         """The pictures and where they are kept."""
-        plan, skipped = self.plan, self.data.skipped
+        plan, skipped = self.plan, result.skipped
         if skipped:
             self.say(f"skipped {len(skipped)} unreadable: {', '.join(skipped)}")
         vae: Path | None = plan.vae

@@ -25,7 +25,7 @@ class Prompted(Task):
 
     unfit = (
         "held_out", "held_out_split", "image_column", "label_column", "labels_by_number", "photographs", "stream",
-        "vae", "scratch",
+        "vae", "scratch", "strict",
     )  # fmt: skip
 
     def __init__(self, plan: TrainPlan, say: Say) -> None:
@@ -78,9 +78,9 @@ class Prompted(Task):
 
     def told(self, result: FitResult, figures: Any) -> dict[str, Any]:
         """The pictures and where they are kept."""
-        if self.data.skipped:
-            self.say(f"skipped {len(self.data.skipped)} unreadable: {', '.join(self.data.skipped)}")
+        if result.skipped:
+            self.say(f"skipped {len(result.skipped)} unreadable: {', '.join(result.skipped)}")
         return {
             "data": {"train": self.plan.data, "cache": str(self.folder)},
-            "images": {"train": len(self.data), "skipped": self.data.skipped},
+            "images": {"train": len(self.data), "skipped": result.skipped},
         }

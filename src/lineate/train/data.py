@@ -66,11 +66,6 @@ class Ordered:
     def __init__(self, count: int, config: TrainConfig) -> None:
         self.count, self.config = count, config
 
-    @property
-    def skipped(self) -> Mapping[str, str]:
-        """None, of pictures that were read before."""
-        return {}
-
     def steps(self, processes: int) -> int:
         """Whole steps an epoch. Raises `TrainError` if there are too few pictures for one."""
         needed = self.config.batch * self.config.accumulate * processes

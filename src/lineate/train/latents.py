@@ -2,7 +2,8 @@
 
     FOLDER/index.json             what was cached: the pictures, their size, the autoencoder
     FOLDER/00000.safetensors ...  "labels" (n,), and "pixels" (n, 3, h, w) uint8, or "mean" and "std" (n, 2, C, h, w) in half
-                                  precision: the latents' distribution for a picture as it is and for its mirror image
+                                  precision: the latents' distribution for a picture as it is and for its mirror image;
+                                  in the metadata which pictures could not be read, and why
 
 A shard is written whole or not at all, so caching that was killed goes on where it stopped; many processes may share the work.
 Which mirror image and which latent of a picture an epoch shows follows from (seed, epoch, picture, repeat) alone.
@@ -17,12 +18,13 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from pydantic import ValidationError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -37,6 +39,7 @@ from lineate.train.data import Batch, Key, Order, Ordered
 from lineate.train.randomness import SAMPLE, derive
 
 INDEX = "index.json"
+SKIPPED = "skipped"  # in a shard's metadata
 SAMPLED = 256  # pictures whose contents are looked at to tell one table from another
 Kind = TypeVar("Kind", bound=Frozen)
 
@@ -93,7 +96,7 @@ def cache(
             loader = DataLoader(
                 _Pictures(data, size), batch, sampler=rows, num_workers=workers, collate_fn=_collate, generator=torch.Generator()
             )  # fmt: skip
-            write_shard(file, _tensors(data, loader, vae))
+            write_shard(file, _tensors(data, loader, vae), data.skipped)
         if progress is not None:
             progress(number + 1, index.shards, "caching")
     if accelerator is not None:
@@ -117,6 +120,12 @@ class CachedBatches(Ordered):
         if missing:
             raise TrainError(f"{folder} lacks {len(missing)} of {len(files)} files, {missing[0]} first; caching was not finished")
         self.shards = [load_file(file) for file in files]
+        self._skipped = unread(files)
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """Those that could not be read when they were cached, by whatever process and when."""
+        return self._skipped
 
     def identity(self) -> dict[str, Any]:
         """What the cache holds."""
@@ -236,14 +245,23 @@ def _tensors(data: LabelledImages, loader: Any, vae: nn.Module | None) -> dict[s
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
-def write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a file, whole or not at all."""
+def write_shard(file: Path, tensors: dict[str, Tensor], skipped: Mapping[str, str] | None = None) -> None:
+    """Write a file, whole or not at all; in it too which pictures could not be read until then, and why."""
     partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
-        save_file(tensors, partial)
+        save_file(tensors, partial, metadata={SKIPPED: json.dumps(dict(skipped or {}))})
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def unread(files: Sequence[Path]) -> dict[str, str]:
+    """What these files say of pictures that could not be read."""
+    found: dict[str, str] = {}
+    for file in files:
+        with safe_open(file, "pt") as shard:
+            found |= json.loads((shard.metadata() or {}).get(SKIPPED, "{}"))
+    return found
 
 
 def shard_name(number: int) -> str:

@@ -34,7 +34,7 @@ from lineate.text2image.captioned import CaptionedImages
 from lineate.text2image.texts import encode_texts
 from lineate.train import TrainError
 from lineate.train.config import Augment, TrainConfig
-from lineate.train.latents import claim_index, digest, read_index, shard_name, write_shard
+from lineate.train.latents import claim_index, digest, read_index, shard_name, unread, write_shard
 from lineate.train.randomness import ORDER, SAMPLE, derive
 from lineate.train.rectified import Pairs
 
@@ -88,7 +88,7 @@ def cache_pairs(
     for number in range(rank, len(index.shards), world):
         file = out / shard_name(number)
         if not file.is_file():
-            write_shard(file, _tensors(data, index.shards[number], pipe, batch))
+            write_shard(file, _tensors(data, index.shards[number], pipe, batch), data.skipped)
         if progress is not None:
             progress(number + 1, len(index.shards), "caching")
     if accelerator is not None:
@@ -111,6 +111,7 @@ class PairBatches:
         if missing:
             raise TrainError(f"{folder} lacks {len(missing)} files, {missing[0]} first; caching was not finished")
         self.shards = [load_file(file) for file in files]
+        self._skipped = unread(files)
         none = load_file(folder / EMPTY)
         self.empty = none["text"].float(), none["pooled"].float()
         self.sizes: dict[Size, list[tuple[int, int]]] = {}  # (shard, row) of each picture, by size
@@ -123,8 +124,8 @@ class PairBatches:
 
     @property
     def skipped(self) -> Mapping[str, str]:
-        """None, of pictures that were read before."""
-        return {}
+        """Those that could not be read when they were cached, by whatever process and when."""
+        return self._skipped
 
     def steps(self, processes: int) -> int:
         """Whole steps an epoch. Raises `TrainError` if there are too few pictures for one."""
