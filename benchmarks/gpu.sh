@@ -3,7 +3,7 @@
 # whole models cost.
 #   make demo && PATH=.venv/bin:$PATH benchmarks/gpu.sh
 # A part that fails or takes too long says so, and the next one runs; at the end the failed ones are named and the status is 1.
-# Results go to benchmarks/results/gpu-*.json; commit them, they hold the device's name.
+# Results go to benchmarks/results/gpu-*.json and sd35-time-cuda.json; commit them, they hold the device's name.
 set -u
 cd "$(dirname "$0")/.."
 failed=()

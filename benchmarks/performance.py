@@ -35,6 +35,8 @@ WANTED = {
         f"{_HALF} timm:deit_small_patch16_224 --sizes 224,512,1024 --device cuda",
     ),
     "gpu-dit-xl": ("A step of DiT-XL/2, by the side of the latents, GPU", f"{_DIT} --sizes 32,64,128,256 --device cuda"),
+    "sd35-time-cpu": ("A denoising step of Stable Diffusion 3.5, shrunken, CPU", "python benchmarks/sd35.py time"),
+    "sd35-time-cuda": ("A denoising step of Stable Diffusion 3.5-Medium, GPU", "python benchmarks/sd35.py time"),
 }
 
 
@@ -102,8 +104,33 @@ def exported(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def denoising(result: dict[str, Any]) -> list[str]:
+    """One line for each size and model; `geometry` says whether it is the real one."""
+    model = result["model"]
+    blocks = f"{model['num_layers']} blocks of {model['num_attention_heads'] * model['attention_head_dim']} channels"
+    dual = f"{len(model['dual_attention_layers'])} of them dual"
+    size = result["geometry"] if result["geometry"] != "shrunken" else "shrunken geometry, so no time of the real model's"
+    lines = [
+        f"{size}: {blocks}, {dual}; {result['dtype']}, batch {result['batch']} for guidance, {result['text_tokens']} tokens of "
+        "text, random weights.",
+        "",
+        "| px | model | step ms (IQR) | speed-up | peak MiB | run of 28 steps, s |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    original = {(row["px"], row["compiled"]): row["step_ms"] for row in result["rows"] if row["model"] == "original"}
+    for row in result["rows"]:
+        named = f"{row['model']}{', compiled' if row['compiled'] else ''}"
+        step = f"{row['step_ms']:.0f} ({row['iqr_ms']:.0f})"
+        rest = ["" if row[key] is None else f"{row[key]:.{digits}f}" for key, digits in (("peak_mib", 0), ("run_s", 1))]
+        speedup = f"{original[row['px'], row['compiled']] / row['step_ms']:.2f}×"
+        lines.append(f"| {row['px']} | {named} | {step} | {speedup} | {' | '.join(rest)} |")
+    return lines
+
+
 def shown(result: dict[str, Any]) -> list[str]:
     """A result in the way that is its kind's."""
+    if "geometry" in result:
+        return denoising(result)
     kind = operator if "ceilings" in result else exported if "relative_error" in result else end_to_end
     return kind(result)
 

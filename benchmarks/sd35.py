@@ -2,12 +2,13 @@
 
     python benchmarks/sd35.py macs     any machine, a minute or two: on tensors without values; a multiply-add counts one
     python benchmarks/sd35.py time     on a GPU: bf16, eager and compiled, one step and a run of 28, with guidance (batch 2)
-                                       elsewhere: a shrunken model (4 blocks of 256 channels, float32) at small sizes, one step
+                                       elsewhere: a shrunken model (4 blocks of 256 channels, float32) at small sizes, one step;
+                                       written after every size, so that what was measured stays when the rest is stopped
 
 A step is one pass of the transformer over the latents of one picture and 333 tokens of text, once with the prompt and once
 without. Text encoders and the autoencoder, which no conversion touches, are not in it. Random weights take as long as trained
-ones. Models take turns, so that a clock that drifts drifts for all. Figures go to benchmarks/results/sd35-*.json, and
-experiments/figure6.py draws them beside the paper's.
+ones. Models take turns, so that a clock that drifts drifts for all; medians and interquartile ranges. Figures go to
+benchmarks/results/sd35-*.json; experiments/figure6.py draws the real size's beside the paper's, docs/performance.md lists all.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -31,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lineate
 from lineate import runs
 from lineate.evaluate.cost import peak_mib
+from lineate.text2image.texts import quietly
 
 RESULTS = Path(__file__).parent / "results"
 MEDIUM = {
@@ -42,9 +45,12 @@ SHRUNKEN = MEDIUM | {
     "num_layers": 4, "dual_attention_layers": (0, 1), "num_attention_heads": 4, "caption_projection_dim": 256,
     "joint_attention_dim": 256, "pooled_projection_dim": 256,
 }  # fmt: skip
-# Of the shrunken model's 4 blocks the last takes the part of the last five.
 MODELS: dict[str, str | lineate.Conversion] = {"original": "softmax", "paper's 18": "sd35-t5", "all 37": "sd35-t5-all"}
-SHRUNKEN_MODELS = MODELS | {"paper's 18": lineate.preset("sd35-t5").model_copy(update={"sites": ("*.attn2", "*.[-1:].attn")})}
+SHRUNKEN_MODELS: dict[str, str | lineate.Conversion] = {
+    "original": "softmax",
+    "3 of 6": lineate.preset("sd35-t5").model_copy(update={"sites": ("*.attn2", "*.[-1:].attn")}),  # the last for the last five
+    "all 6": "sd35-t5-all",
+}
 SIZES_PX = (1024, 1536, 2048, 4096)
 SHRUNKEN_SIZES_PX = (256, 512, 1024)
 TEXT_TOKENS, STEPS = 333, 28
@@ -52,7 +58,7 @@ TEXT_TOKENS, STEPS = 333, 28
 
 def build(geometry: dict[str, Any], conversion: str | lineate.Conversion, device: str, dtype: torch.dtype) -> nn.Module:
     """The model, converted, with random weights."""
-    with torch.device(device):
+    with torch.device(device), quietly():
         model = SD3Transformer2DModel(**geometry).eval().requires_grad_(False).to(dtype)
     return lineate.convert(model, conversion)
 
@@ -111,12 +117,11 @@ def denoise(model: nn.Module, given: tuple[Tensor, ...], guidance: float = 3.5) 
 
 
 @torch.inference_mode()
-def timings(device: str, repeats: int, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Rows by size, model, and whether it was compiled, which it is on GPUs alone; runs of all steps are for GPUs too."""
+def timings(device: str, repeats: int, sizes: tuple[int, ...]) -> Iterator[list[dict[str, Any]]]:
+    """Size by size a row for each model, and whether it was compiled: on GPUs alone, and runs of all steps are for GPUs too."""
     real = device == "cuda"
     geometry, chosen = (MEDIUM, MODELS) if real else (SHRUNKEN, SHRUNKEN_MODELS)
     models = {name: build(geometry, chosen[name], device, torch.bfloat16 if real else torch.float32) for name in chosen}
-    rows = []
     for px, compiled in product(sizes, (False, True) if real else (False,)):
         torch._dynamo.reset()
         given = inputs(next(iter(models.values())), px, 2)
@@ -125,16 +130,17 @@ def timings(device: str, repeats: int, sizes: tuple[int, ...]) -> list[dict[str,
         for _ in range(repeats + 1):
             for name, model in ready.items():
                 times[name].append(clock(partial(model, *given), device))
+        rows = []
         for name, (_, *measured) in times.items():  # the first call compiled, and took its workspaces
-            row = {"px": px, "model": name, "compiled": compiled, "repeats": repeats, "step_ms": statistics.median(measured)}
-            row |= {"lowest_ms": min(measured), "highest_ms": max(measured)}
+            low, median, high = statistics.quantiles(measured, n=4, method="inclusive")
+            row = {"px": px, "model": name, "compiled": compiled, "repeats": repeats, "step_ms": median, "iqr_ms": high - low}
             row["run_s"] = clock(partial(denoise, ready[name], given), device) / 1e3 if real else None
             row["peak_mib"] = (
                 None if compiled else round(peak_mib(models[name], given[0], partial(_beside, models[name], given[1:])))
             )
             rows.append(row)
             print(json.dumps(row), flush=True)
-    return rows
+        yield rows
 
 
 def _beside(model: nn.Module, rest: tuple[Tensor, ...], latents: Tensor) -> object:
@@ -152,15 +158,18 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = "cuda" if args.what == "time" and torch.cuda.is_available() else "cpu"
-    environment = runs.environment(torch.device(device))
+    about = {"command": ["benchmarks/sd35.py", *sys.argv[1:]], "created": runs.now()}
+    made = {"environment": runs.environment(torch.device(device))}
     if args.what == "macs":
-        out, found = RESULTS / "sd35-macs.json", macs()
-    else:
-        out, real = RESULTS / f"sd35-time-{device}.json", device == "cuda"
-        sizes = args.sizes or (SIZES_PX if real else SHRUNKEN_SIZES_PX)
-        rows = timings(device, args.repeats, sizes)
-        found = {"geometry": "SD3.5-Medium" if real else "shrunken", "batch": 2, "steps": STEPS, "rows": rows}
-    runs.write_json(args.out or out, found | {"environment": environment})
+        runs.write_json(args.out or RESULTS / "sd35-macs.json", about | macs() | made)
+        return
+    real = device == "cuda"
+    rows: list[dict[str, Any]] = []
+    about |= {"geometry": "SD3.5-Medium" if real else "shrunken", "model": MEDIUM if real else SHRUNKEN}
+    about |= {"dtype": "bfloat16" if real else "float32", "batch": 2, "text_tokens": TEXT_TOKENS, "steps": STEPS}
+    for some in timings(device, args.repeats, args.sizes or (SIZES_PX if real else SHRUNKEN_SIZES_PX)):
+        rows += some
+        runs.write_json(args.out or RESULTS / f"sd35-time-{device}.json", about | {"rows": rows} | made)
 
 
 if __name__ == "__main__":
