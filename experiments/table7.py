@@ -2,7 +2,7 @@
 
     python experiments/table7.py              runs what is missing, a file a row and seed; --only and --shard as the other tables
     python experiments/table7.py --draw       docs/pictures/table7.png from what there is
-    python experiments/table7.py --scale full prints the commands at the paper's size: SD3.5-Medium, GenEval
+    python experiments/table7.py --scale full prints the commands at the paper's size: SD3.5-Medium, GenEval and DPG-Bench
 
 Every row starts from the trained stand-in (`drawn.py`). "3 of 6" replaces the image-only branches and the joint attention of
 the last block, as the paper's 18 of 37; "all" every attention. Calibrated on its own trajectories; each budget is a training
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shlex
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -231,16 +232,42 @@ PAPER = """| | GenEval | single | two | counting | colours | position | colour a
 | SD3.5-T⁵ | 0.69 | 1.00 | 0.88 | 0.58 | 0.88 | 0.25 | 0.55 | 84.43 | not run |"""
 
 
-def commands() -> Iterator[str]:
-    """The three rows of the paper, at its size."""
-    medium, run = "stabilityai/stable-diffusion-3.5-medium", "accelerate launch -m lineate"
-    for preset_name, recipe in ((None, None), ("softmax", "sd35-ft"), ("sd35-t5", "sd35-t5")):
-        out = f"runs/table7/{recipe or 'sd35'}"
-        if recipe is not None:
-            made = f"--preset {preset_name} --recipe {recipe} --out {out}"
-            yield f"{run} train diffusers:{medium} --data CAPTIONED {made} --device cuda"
-        source = f"diffusers:{medium}" if recipe is None else out
-        yield f"{run} generate {source} --prompts GENEVAL.jsonl --out {out}-geneval --device cuda"
+HOST, FULL = "diffusers:stabilityai/stable-diffusion-3.5-medium", "runs/table7"
+DRAWN = ("--number", "4", "--steps", "28", "--guidance", "3.5", "--device", "cuda")
+
+
+def commands(captioned: str) -> Iterator[str]:
+    """At the paper's size: the prompts, and a line a row: calibrate or not, train or not, draw, score."""
+    yield "# texts.txt: a text a line, none of a benchmark's. DPG_PROMPTS (a folder of ITEM.txt), DPG_QUESTIONS.csv: DPG-Bench's."
+    for name, which in (("geneval", "geneval"), ("DPG_PROMPTS", "dpg")):
+        yield shlex.join(["lineate", "prompts", name, f"{FULL}/{which}.jsonl"])
+    cuda, calibrated = ("--device", "cuda"), f"{FULL}/sd35-t5-calibrated"
+    fitted = ["lineate", "calibrate", HOST, "--preset", "sd35-t5", "--prompts", "texts.txt", "--set", "calibration.pool=64"]
+    yield full_row(HOST, "sd35")
+    yield full_row(HOST, "sd35-ft", _learn(HOST, captioned, "--preset", "softmax", "--recipe", "sd35-ft"))
+    yield full_row(HOST, "sd35-t5", _learn(HOST, captioned, "--preset", "sd35-t5", "--recipe", "sd35-t5"))
+    yield full_row(calibrated, "sd35-t5-calibrated", [*fitted, *cuda])
+    yield full_row(calibrated, "sd35-t5-calibrated-ft", _learn(calibrated, captioned, "--recipe", "sd35-t5"))
+
+
+def _learn(source: str, captioned: str, *asked: str) -> list[str]:
+    """The training of a row, 16 pictures on each of 4 GPUs; they are made ready once for all rows."""
+    data = ("--data", captioned, "--cache", f"{FULL}/cache", "--device", "cuda")
+    return ["accelerate", "launch", "--num_processes", "4", "-m", "lineate", "train", source, *asked, *data]
+
+
+def full_row(source: str, name: str, made: Sequence[str] = ()) -> str:
+    """The commands of a row: what makes it, if it is not `source` as it is, and its pictures and scores beside the original's."""
+    out = f"{FULL}/{name}"
+    steps = [[*made, "--out", out]] if made else []
+    for which, score in (("geneval", ["geneval"]), ("dpg", ["dpg", "--questions", "DPG_QUESTIONS.csv"])):
+        command, *asked = score
+        asked += [] if not made else ["--against", f"{FULL}/sd35-{which}"]
+        prompts = ("--prompts", f"{FULL}/{which}.jsonl", "--out", f"{out}-{which}")
+        steps.append(["accelerate", "launch", "-m", "lineate", "generate", out if made else source, *prompts, *DRAWN])
+        figures = ("--out", f"{out}-{which}.json", "--device", "cuda")
+        steps.append(["lineate", command, f"{out}-{which}", *asked, *figures])
+    return " && ".join(shlex.join(step) for step in steps)
 
 
 def pictures() -> None:
@@ -266,11 +293,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, action="append", help="several may be given (default: 0, 1, 2)")
     parser.add_argument("--only", default="*", help="a glob over the names of rows")
     parser.add_argument("--shard", default="0/1", help="i/n: the i-th of n parts of the work")
+    parser.add_argument("--data", default="CAPTIONED", help="at full size: captioned pictures as lineate train takes them")
     parser.add_argument("--draw", action="store_true", help="draw the pictures and stop")
     parser.add_argument("--table", action="store_true", help="print what there is and stop")
     options = parser.parse_args()
     if options.scale == "full":
-        print(*commands(), sep="\n")
+        print(*commands(options.data), sep="\n")
     elif options.draw:
         pictures()
     else:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import importlib
 import json
+import re
 import shlex
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -15,8 +17,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.main import get_command
 
 import lineate
+from lineate.cli.app import app
+from lineate.cli.options import settings
 from lineate.data import open_data
 from lineate.evaluate.fid import Extractor, Features
 from lineate.models.dit import DiT
@@ -26,12 +31,14 @@ from lineate.train.latents import cache
 ROOT = Path(__file__).parents[1] / "experiments"
 TABLES = ("table1", "table2", "table3", "table4", "table5", "table11", "tune", "starts")
 GENERATION = ("table6", "table10", "table12")
+COMMANDS = get_command(app)
+DOCUMENTS = (ROOT.parent / "README.md", *sorted((ROOT.parent / "docs").glob("*.md")))
 
 
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, ModuleType]:
     monkeypatch.syspath_prepend(str(ROOT))
-    found = {name: importlib.import_module(name) for name in ("small", "harness", "generation", *TABLES, *GENERATION)}
+    found = {name: importlib.import_module(name) for name in ("small", "harness", "generation", "table7", *TABLES, *GENERATION)}
     monkeypatch.setattr(found["harness"], "RESULTS", tmp_path / "results")
     return found
 
@@ -142,6 +149,60 @@ def test_full_size_generation_has_the_papers_budgets(modules: dict[str, ModuleTy
             assignments=[value for flag, value in pairwise(words) if flag == "--set"],
         )  # fmt: skip
         assert settings.train is not None and (settings.train.steps, 8 * settings.train.batch) == (50_000, 256)
+
+
+def parsed(line: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The commands of a line and what each is told; raises for an option, a preset, a recipe or a field that there is not."""
+    for part in line.split(" && "):
+        words = shlex.split(re.sub(r"^accelerate launch .*?-m lineate ", "lineate ", part), comments=True)
+        assert words[0] == "lineate", part
+        command = COMMANDS.get_command(None, words[1])
+        assert command is not None, part
+        said = command.make_context(words[1], words[2:]).params
+        if "set_" in said:
+            training = {"trains": True, "recipe": said["recipe"], "epochs": said["epochs"]} if words[1] == "train" else {}
+            settings(said.get("source") or "embedded", said["preset"], said["config"], said["set_"], said.get("seed"), **training)
+        yield words[1], said
+
+
+def test_every_command_that_a_table_prints_is_one(modules: dict[str, ModuleType]) -> None:
+    for name in (*TABLES, *GENERATION):
+        table = modules[name].TABLE
+        lines = [line for line in modules["harness"].full_size(table, table.on.host, "DATA") if not line.startswith("#")]
+        assert lines and all(list(parsed(line)) for line in lines)
+
+
+def test_table_7s_commands_go_from_the_prompts_to_the_scores(modules: dict[str, ModuleType]) -> None:
+    """Both benchmarks are drawn by every row, each scored where it was drawn and beside the original's pictures."""
+    lines = [line for line in modules["table7"].commands("CAPTIONED") if not line.startswith("#")]
+    files = [said["file"] for line in lines[:2] for _, said in parsed(line)]
+    rows = [list(parsed(line)) for line in lines[2:]]
+    judged = ["generate", "geneval", "generate", "dpg"]
+    assert [[name for name, _ in row] for row in rows] == [
+        judged,
+        ["train", *judged],
+        ["train", *judged],
+        ["calibrate", *judged],
+        ["train", *judged],
+    ]
+    made: set[str] = set()
+    for told in rows:
+        made |= {str(said["out"]) for name, said in told if name in ("train", "calibrate")}
+        drawn = [said for name, said in told if name == "generate"]
+        assert [said["prompts"] for said in drawn] == files
+        assert all((said["number"], said["steps"], said["guidance"]) == (4, 28, 3.5) for said in drawn)
+        assert {said["run"] for said in drawn} <= made | {modules["table7"].HOST}
+        scored = [said["folder"] for name, said in told if name in ("geneval", "dpg")]
+        assert scored == [said["out"] for said in drawn]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_of_a_document_is_one(document: Path) -> None:
+    blocks = re.findall(r"```(?:bash|sh|)\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    for line in lines:
+        if line.startswith(("lineate ", "accelerate launch ")):
+            assert list(parsed(line)), line
 
 
 def test_every_row_of_every_table_is_a_conversion_and_a_training_that_exist(modules: dict[str, ModuleType]) -> None:

@@ -151,6 +151,7 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(tmp_path: Path, data: 
     assert "denoises 4 channels, and pixels, without --vae, gives 3" in refused(original, *out)
     assert "held_out means nothing to denoising" in refused(original, *out, "--vae", vae, "--held-out-data", data)
     assert "vae means nothing to classification" in refused("timm:test_vit", *out, "--vae", vae, "--held-out-data", data)
+    assert "limit means nothing to denoising" in refused(original, *out, "--vae", vae, "--limit", 8)
     assert "give --image-size" in refused(GEOMETRY, "--scratch", *out)
     assert "is drawn anew, so it has no file" in refused(original, "--scratch", "--vae", vae, *out)
     assert "unknown argument 'width' of a DiT" in refused("dit:width=3", "--scratch", "--image-size", 16, *out)

@@ -95,6 +95,8 @@ def test_a_stopped_run_goes_on_as_if_it_never_was(data: Path, tmp_path: Path) ->
         (("--set", "train.augment.flip=0.5"), "set train.augment.flip=0"),
         (("--set", "train.distill.logits=1"), "distill is for classifiers"),
         (("--set", "train.batch=13"), "12 pictures do not fill one step of 13"),
+        (("--image-size", "72"), "no pictures of about 72x72 px; choices: multiples of 8 from 8 to 64"),
+        (("--limit", "3"), "3 pictures do not fill one step of 4"),
         (("--vae", "nowhere"), "vae means nothing to prompted"),
         (("--set", "train.protocol=lora", "--set", 'train.lora.targets=["qkv"]'), "no linear layer is called qkv; choices: 0, 2"),
     ],

@@ -28,7 +28,7 @@ import lineate
 from lineate import checkpoint, linearize, runs
 from lineate.cli.app import app
 from lineate.data import open_data
-from lineate.tasks import classes, denoise  # noqa: F401  for the forked
+from lineate.tasks import classes, denoise, prompted  # noqa: F401  for the forked
 from lineate.train import checkpoints, latents
 from lineate.train.config import Augment, TrainConfig
 from lineate.train.data import ImageBatches

@@ -85,6 +85,16 @@ def test_caching_goes_on_where_it_stopped(pictures: LabelledImages, small: Small
     assert kept.stat().st_mtime_ns == before
 
 
+def test_what_a_cache_will_take_is_said_before(pictures: LabelledImages, tmp_path: Path, vae: Any) -> None:
+    """40 pictures: of three bytes a pixel, or of two latents' mean and deviation in two bytes; and eight bytes a label."""
+    for kind, model, each in (("pixels", None, 3 * 32**2 + 8), ("latents", vae, 2 * 2 * 2 * 2 * 16**2 + 8)):
+        said: list[str] = []
+        cache(pictures, tmp_path / kind, size=32, shard=16, vae=model, say=said.append)
+        stored = sum(file.stat().st_size for file in (tmp_path / kind).glob("*.safetensors"))
+        assert 0 < stored - 40 * each < 3 * 1000
+        assert f"takes {40 * each / 1e6:.1f} MB in 3 files, {40 * each / 1e6:.1f} MB in 3 of them still to be made" in said[0]
+
+
 def test_another_cache_is_not_gone_on_with(pictures: LabelledImages, tmp_path: Path, vae: nn.Module) -> None:
     cache(pictures, tmp_path, size=32)
     with pytest.raises(TrainError, match="holds another cache: its size is 32, asked for is 16"):

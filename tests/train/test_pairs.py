@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset as Table
 from datasets import Image as Picture
 from PIL import Image
+from safetensors.torch import load_file
 
 from lineate.text2image.autoencoder import to_pixels
 from lineate.text2image.captioned import CaptionedImages, open_captioned
@@ -19,8 +20,8 @@ from lineate.text2image.pipelines import load_pipeline
 from lineate.text2image.texts import encode_texts
 from lineate.train import TrainError
 from lineate.train.config import Augment, TrainConfig
-from lineate.train.latents import digest
-from lineate.train.pairs import PairBatches, PairIndex, cache_pairs, fitted, sizes_near
+from lineate.train.latents import digest, read_index
+from lineate.train.pairs import PairBatches, PairIndex, cache_pairs, expected_bytes, find_sizes, fitted, sizes_near
 from lineate.train.rectified import Pairs
 
 CONFIG = TrainConfig(batch=2, augment=Augment(flip=0))
@@ -74,6 +75,38 @@ def test_the_cache_holds_each_picture_once_as_the_pipeline_encodes_it(cached: Pa
         expected = pipe.vae.encode(to_pixels(fitted(picture, size))[None]).latent_dist.mean[0]
         torch.testing.assert_close(latents, expected, atol=0.05, rtol=0.01)
         torch.testing.assert_close((text, pooled), tuple(part[0] for part in encode_texts(pipe, [caption])), atol=0.01, rtol=0.01)
+
+
+def test_what_a_cache_will_take_is_said_before(cached: Path, pipe: Any, data: CaptionedImages, tmp_path: Path) -> None:
+    """To the bytes, but for what safetensors writes before them."""
+    said: list[str] = []
+    cache_pairs(data, tmp_path, pipe, side=32, batch=2, per_shard=3, say=said.append)
+    cache_pairs(data, tmp_path, pipe, side=32, batch=2, per_shard=3, say=said.append)
+    expected = expected_bytes(read_index(tmp_path, PairIndex), pipe, load_file(tmp_path / "empty.safetensors"))
+    files = sorted(tmp_path.glob("0*.safetensors"))
+    assert len(files) == len(expected) and all(
+        0 < file.stat().st_size - size < 1000 for file, size in zip(files, expected, strict=True)
+    )
+    total = f"{tmp_path} takes {sum(expected) / 1e6:.1f} MB in 5 files, "
+    assert said[0].startswith(f"{total}{sum(expected) / 1e6:.1f} MB in 5 of them still to be made; ")
+    assert said[1].startswith(f"{total}all there; ") and said[1].endswith(" GB are free on that disk")
+
+
+def test_the_first_of_the_pictures_are_a_cache_of_their_own(cached: Path, pipe: Any, data: CaptionedImages) -> None:
+    few = data.first(4)
+    assert list(few.captions) == list(data.captions)[:4] and few[3][1] == data[3][1] and len(data.first(99)) == len(data)
+    table = CaptionedImages(_table(data, 0), ["a", "b", "c"], "table").first(2)
+    assert len(table) == 2 and table[1][1] == "b" and table.sizes() == [(32, 32)] * 2
+    with pytest.raises(TrainError, match=r"holds a cache of 11 pictures of .*, asked for are 4; give another"):
+        cache_pairs(few, cached, pipe, side=32, batch=2, per_shard=3)
+
+
+@pytest.mark.parametrize("side", [72, 63, 4])
+def test_sizes_end_where_the_transformers_positions_end(pipe: Any, side: int) -> None:
+    stride, sizes = find_sizes(pipe, 64)
+    assert stride == 8 and (64, 64) in sizes and max(map(max, sizes)) == 64
+    with pytest.raises(TrainError, match=rf"of about {side}x{side} px; choices: multiples of 8 from 8 to 64, .*max_size 8\)"):
+        find_sizes(pipe, side)
 
 
 def test_caching_goes_on_where_it_stopped(cached: Path, pipe: Any, data: CaptionedImages) -> None:

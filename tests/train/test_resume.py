@@ -1,5 +1,5 @@
 """Killed at any moment and resumed, a run ends in the weights of one that was never stopped: `fit`, on one process and across
-two, and `lineate train` of classes, after a calibration, and of a denoiser.
+two, and `lineate train` of classes, after a calibration, of a denoiser, and of a text-to-image pipeline.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from timm.models import VisionTransformer
+from torchvision.transforms.functional import to_pil_image
 
 import lineate
+from lineate.text2image.shapes import TrainingScenes, find_world
 
 from .conftest import draw_pictures
 
@@ -129,3 +131,35 @@ def test_a_denoisers_command_killed_and_resumed(folder: Path, tmp_path: Path) ->
     ends, said = run(1, "whole,caching,step:2,step:5,saving:6,leaving,never", *command)
     assert ends == [0, *[KILLED] * 5, 0], said
     assert same(tmp_path / "part", tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def drawing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
+    """The command that trains the stand-in on eight square and four flat captioned pictures: six batches of two an epoch."""
+    folder = tmp_path_factory.mktemp("scenes")
+    for index, (picture, caption) in enumerate(TrainingScenes(find_world("grid"), 12)):
+        shown = to_pil_image(picture)
+        (shown if index < 8 else shown.crop((0, 4, 32, 28))).save(folder / f"{index:02}.png")
+        (folder / f"{index:02}.txt").write_text(caption, encoding="utf-8")
+    less = ("train.steps=9", "train.batch=2", "train.precision=no", "train.opt=sgd", "train.lr=0.01")
+    smaller = [word for assignment in less for word in ("--set", assignment)]
+    return ("train", "shapes", "--data", folder, "--recipe", "sd35-t5", *SET, *smaller, "--resume")
+
+
+def test_a_pipelines_command_killed_and_resumed(drawing: tuple[Any, ...], tmp_path: Path) -> None:
+    ends, said = run(1, "whole,caching,step:2,saving:6,step:8,leaving,never", *drawing, "--out", tmp_path / "{run}")
+    assert ends == [0, *[KILLED] * 5, 0], said
+    assert same(tmp_path / "part", tmp_path / "whole")
+
+
+def test_two_processes_make_ready_and_learn_what_one_does(drawing: tuple[Any, ...], tmp_path: Path) -> None:
+    """The same cache, byte for byte; and the same weights, but for the order in which gradients are summed."""
+    for processes in (1, 2):
+        share = ("--set", f"train.accumulate={2 // processes}", "--out", tmp_path / str(processes))
+        ends, said = run(processes, "never", *drawing, *share)
+        assert ends == [0], said
+    files = [{file.name: file.read_bytes() for file in (tmp_path / f"{n}.cache").iterdir()} for n in (1, 2)]
+    assert files[0] == files[1] and len(files[0]) == 4  # two sizes, no text, and the index
+    one, two = (load_file(tmp_path / str(n) / "model" / "model.safetensors") for n in (1, 2))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6)

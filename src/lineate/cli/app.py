@@ -212,6 +212,7 @@ def train(
     vae: Annotated[Path | None, typer.Option(metavar="DIR", help="diffusers' AutoencoderKL, for a denoiser of latents.")] = None,
     cache: Annotated[Path | None, typer.Option(metavar="DIR", help="A denoiser's pictures made ready (OUT.cache).")] = None,
     stream: Stream = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Of captioned pictures the first N.")] = None,
     image_size: ImageSize = None, strict_data: StrictData = False, labels_by_number: LabelsByNumber = False, seed: Seed = None,
     resume: Resume = False,
     overwrite: Overwrite = False, device: Device = "cpu",
@@ -230,7 +231,7 @@ def train(
         photographs=tuple(find_images(calibrate_on)) if calibrate_on is not None else (), preset=settings.preset,
         recipe=settings.recipe, scratch=scratch, image_size=image_size if image_size is not None else settings.image_size,
         stream=stream, strict=strict_data, labels_by_number=labels_by_number, resume=resume, overwrite=overwrite, device=device,
-        vae=vae, cache=cache,
+        vae=vae, cache=cache, limit=limit,
     )  # fmt: skip
     with screen() as shown:
         done = run_it(plan, say=shown.say, progress=shown.progress)

@@ -43,6 +43,7 @@ def prompts(
         found = read_texts(Path(name))
     else:
         raise PromptError(f"unknown prompts {name!r}; choices: geneval, {', '.join(WORLDS)}, a folder of ITEM.txt")
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_prompts(found, file)
     typer.echo(f"prompts: {file} ({len(found)})")
 

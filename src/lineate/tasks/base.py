@@ -29,7 +29,8 @@ class TrainPlan:
     With `scratch` the host's weights are drawn, not pretrained: a baseline. The options at the end are for some tasks and are
     refused by the others. Of classes: `held_out`, the data to measure on where it is not a split of `data`, and `held_out_split`,
     which of its splits; `photographs`, calibrated on first; `stream`, so many pictures an epoch, read in passing. Of denoisers:
-    `vae`, a folder of diffusers' AutoencoderKL, and `cache`, where pictures are kept made ready (None: beside `out`).
+    `vae`, a folder of diffusers' AutoencoderKL, and `cache`, where pictures are kept made ready (None: beside `out`). Of texts:
+    `limit`, so many pictures, the first.
     """
 
     source: str
@@ -56,6 +57,7 @@ class TrainPlan:
     stream: int | None = None
     vae: Path | None = None
     cache: Path | None = None
+    limit: int | None = None
 
 
 class Task(ABC):

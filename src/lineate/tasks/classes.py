@@ -17,7 +17,7 @@ from lineate.train.randomness import HOST, derive, left_alone, seed_all
 class Classification(Task):
     """A classifier of pictures."""
 
-    unfit = ("vae", "cache")
+    unfit = ("vae", "cache", "limit")
     drops_path = True
 
     def __init__(self, plan: TrainPlan, say: Say) -> None:

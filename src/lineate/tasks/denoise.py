@@ -27,7 +27,7 @@ LATENTS_OF_PX = 256  # the pictures that a DiT drawn anew learns through an auto
 class Denoising(Task):
     """A class-conditional denoiser; it is measured by its pictures, with `lineate generate` and `lineate fid`."""
 
-    unfit = ("held_out", "held_out_split", "photographs", "stream")
+    unfit = ("held_out", "held_out_split", "photographs", "stream", "limit")
 
     def __init__(self, plan: TrainPlan, say: Say) -> None:
         """Open pictures and autoencoder."""
@@ -110,8 +110,9 @@ class Denoising(Task):
         device = next(self.model.parameters()).device
         vae = self.vae.to(device) if self.vae is not None else None
         cache(
-            data, self.folder, size=self.image_size, vae=vae, workers=plan.train.workers, accelerator=together, progress=progress
-        )
+            data, self.folder, size=self.image_size, vae=vae, workers=plan.train.workers, accelerator=together, say=self.say,
+            progress=progress,
+        )  # fmt: skip
         self.vae = vae.cpu() if vae is not None else None
         batches = CachedBatches(self.folder, plan.train)
         data.note(batches.skipped)

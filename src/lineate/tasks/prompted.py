@@ -16,7 +16,7 @@ from lineate.text2image.pipelines import encoders, load_pipeline, put_aside
 from lineate.train import TrainError
 from lineate.train.config import Distill
 from lineate.train.loop import FitResult, Lesson
-from lineate.train.pairs import PairBatches, cache_pairs, check_unvaried
+from lineate.train.pairs import PairBatches, cache_pairs, check_unvaried, find_sizes
 from lineate.train.rectified import rectified_flow
 
 
@@ -35,6 +35,7 @@ class Prompted(Task):
             raise TrainError("distill is for classifiers; train.denoise.taught is for what a denoiser learns from its original")
         check_unvaried(plan.train)
         self.data = open_captioned(plan.data)
+        self.data = self.data if plan.limit is None else self.data.first(plan.limit)
         self.folder = plan.cache or plan.out.with_name(f"{plan.out.name}.cache")
 
     def load(self) -> None:
@@ -48,6 +49,11 @@ class Prompted(Task):
             self.teacher = copy.deepcopy(checkpoint.original_of(model) if converted else model)
         self.model = model if converted else convert(model, plan.conversion or Conversion())
         self.name = plan.source
+
+    def check(self, processes: int) -> None:
+        """By the sizes that the transformer has positions for, too."""
+        find_sizes(self.pipe, self.image_size)
+        super().check(processes)
 
     @property
     def pictures(self) -> int:
@@ -66,7 +72,7 @@ class Prompted(Task):
         place = next(self.model.parameters()).device
         for part in encoders(pipe):
             part.to(place)
-        cache_pairs(self.data, self.folder, pipe, side=self.image_size, accelerator=together, progress=progress)
+        cache_pairs(self.data, self.folder, pipe, side=self.image_size, accelerator=together, say=self.say, progress=progress)
         put_aside(pipe)
         batches = PairBatches(self.folder, config)
         objective = rectified_flow(

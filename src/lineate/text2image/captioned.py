@@ -49,6 +49,12 @@ class CaptionedImages(Dataset[tuple[Any, str]]):
                 return image, self.captions[place]
         raise DataError(f"none of the {len(self)} pictures of {self.source} can be read: {next(iter(self.skipped.values()))}")
 
+    def first(self, count: int) -> CaptionedImages:
+        """The first `count` of them, or all if there are fewer."""
+        count = min(count, len(self))
+        table = self.table[:count] if isinstance(self.table, list) else self.table.select(range(count))
+        return CaptionedImages(table, self.captions[:count], self.source)
+
     def sizes(self) -> list[tuple[int, int]]:
         """Height and width of every picture in px, without decoding it; of one that cannot be read (1, 1)."""
         return [_size(row["image"]) for row in self.table]

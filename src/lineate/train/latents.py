@@ -18,7 +18,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from lineate.data import LabelledImages
 from lineate.evaluate import Progress
 from lineate.mixers.base import Frozen
-from lineate.text2image.autoencoder import encode, fingerprint, to_pixels
+from lineate.text2image.autoencoder import encode, fingerprint, pixels_a_latent, to_pixels
 from lineate.train import TrainError
 from lineate.train.config import Augment, TrainConfig
 from lineate.train.data import Batch, Key, Order, Ordered
@@ -41,23 +42,41 @@ from lineate.train.randomness import SAMPLE, derive
 INDEX = "index.json"
 SKIPPED = "skipped"  # in a shard's metadata
 SAMPLED = 256  # pictures whose contents are looked at to tell one table from another
-Kind = TypeVar("Kind", bound=Frozen)
+Say = Callable[[str], None]
 
 
-class Index(Frozen):
-    """What a cache holds; `autoencoder` is its fingerprint, None for pixels, and `shard` the pictures a file.
+class Cached(Frozen):
+    """What every cache says of itself.
 
-    `digest` tells whether the pictures and labels are still the same; a cache of before it was kept has None.
+    `digest` tells whether the pictures and what is said of them are still the same; a cache of before it was kept has None.
     """
 
     source: str
+    digest: str | None = None
+
+    @property
+    def count(self) -> int:
+        """How many pictures a whole cache has."""
+        raise NotImplementedError
+
+
+Kind = TypeVar("Kind", bound=Cached)
+
+
+class Index(Cached):
+    """What a cache holds; `autoencoder` is its fingerprint, None for pixels, and `shard` the pictures a file."""
+
     split: str
     pictures: int
     classes: tuple[str, ...]
     size: int
     shard: int
     autoencoder: str | None
-    digest: str | None = None
+
+    @property
+    def count(self) -> int:
+        """As it says."""
+        return self.pictures
 
     @property
     def shards(self) -> int:
@@ -75,13 +94,14 @@ def cache(
     shard: int = 8192,
     workers: int = 0,
     accelerator: Any = None,
+    say: Say | None = None,
     progress: Progress | None = None,
 ) -> Index:
     """Cache the pictures of `data` at `size` px in `out`, through `vae` on its device if one is given; shards there are kept.
 
-    `accelerator` is an `accelerate.Accelerator` or `PartialState` where several processes share the work; each returns once all
-    is there. A picture that cannot be read is replaced by the next good one and noted in `data.skipped`. Raises `TrainError` if
-    `out` holds something else.
+    `say` is told first how much that takes. `accelerator` is an `accelerate.Accelerator` or `PartialState` where several
+    processes share the work; each returns once all is there. A picture that cannot be read is replaced by the next good one and
+    noted in `data.skipped`. Raises `TrainError` if `out` holds something else.
     """
     index = Index(
         source=data.source, split=data.split, pictures=len(data), classes=data.classes, size=size, shard=shard,
@@ -89,6 +109,9 @@ def cache(
     )  # fmt: skip
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
     claim_index(out, index)
+    if say is not None:
+        full, rest = divmod(index.pictures, shard)
+        say(announced(out, [_bytes(vae, size) * rows for rows in (*[shard] * full, *[rest] * (rest > 0))]))
     for number in range(rank, index.shards, world):
         file = out / shard_name(number)
         if not file.is_file():
@@ -192,22 +215,41 @@ def _held(table: Any) -> list[tuple[str | None, int | None]]:
     return held if chosen is None else [held[index] for index in chosen.column(0).to_pylist()]
 
 
-def claim_index(out: Path, index: Frozen) -> None:
+def claim_index(out: Path, index: Cached) -> None:
     """Write the index, or find that it says the same."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / INDEX).is_file():
         partial = out / f".{secrets.token_hex(4)}"
         partial.write_text(json.dumps(index.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
         os.replace(partial, out / INDEX)
-    found = read_index(out, type(index)).model_dump()
-    other = [
-        name for name, value in index.model_dump().items() if found[name] != value and (name, found[name]) != ("digest", None)
-    ]
-    if other == ["digest"]:
+    found, asked = read_index(out, type(index)), index.model_dump()
+    there = found.model_dump() if found.digest is not None else found.model_dump() | {"digest": index.digest}
+    other = [name for name in asked if there[name] != asked[name]]
+    if "source" not in other and found.count != index.count:
+        raise TrainError(
+            f"{out} holds a cache of {found.count} pictures of {found.source}, asked for are {index.count}; give another"
+        )
+    if set(other) - {"shards"} == {"digest"}:
         raise TrainError(f"{out} holds a cache of the same source before its pictures, labels or captions changed; give another")
     if other:
-        asked = getattr(index, other[0])
-        raise TrainError(f"{out} holds another cache: its {other[0]} is {found[other[0]]!r}, asked for is {asked!r}")
+        raise TrainError(f"{out} holds another cache: its {other[0]} is {there[other[0]]!r}, asked for is {asked[other[0]]!r}")
+
+
+def _bytes(vae: Any, size: int) -> int:
+    """Of a picture in a shard, with its label: pixels, or mean and deviation of its latents and of its mirror image's."""
+    return 8 + (3 * size**2 if vae is None else 2 * 2 * 2 * int(vae.config.latent_channels) * (size // pixels_a_latent(vae)) ** 2)
+
+
+def announced(out: Path, sizes: Sequence[int]) -> str:
+    """How many files of how many bytes a cache in `out` will have, what is still to be made of them, and room for it."""
+    missing = [size for number, size in enumerate(sizes) if not (out / shard_name(number)).is_file()]
+    todo = f"{_size(sum(missing))} in {len(missing)} of them still to be made" if missing else "all there"
+    free = _size(shutil.disk_usage(out).free)
+    return f"{out} takes {_size(sum(sizes))} in {len(sizes)} files, {todo}; {free} are free on that disk"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 class _Pictures(Dataset[tuple[Tensor, int, dict[str, str]]]):

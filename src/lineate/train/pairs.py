@@ -34,7 +34,7 @@ from lineate.text2image.captioned import CaptionedImages
 from lineate.text2image.texts import encode_texts
 from lineate.train import TrainError
 from lineate.train.config import Augment, TrainConfig
-from lineate.train.latents import claim_index, digest, read_index, shard_name, unread, write_shard
+from lineate.train.latents import Cached, Say, announced, claim_index, digest, read_index, shard_name, unread, write_shard
 from lineate.train.randomness import ORDER, SAMPLE, derive
 from lineate.train.rectified import Pairs
 
@@ -50,41 +50,46 @@ class Shard(Frozen):
     pictures: tuple[int, ...]
 
 
-class PairIndex(Frozen):
-    """What a cache holds; the encoders are fingerprints, and `digest` is that of pictures and captions (see `latents`)."""
+class PairIndex(Cached):
+    """What a cache holds; the encoders are fingerprints, and `digest` is that of pictures and captions."""
 
-    source: str
     side: int
     stride: int
     autoencoder: str
     text_encoders: tuple[str, ...]
     shards: tuple[Shard, ...]
-    digest: str | None = None
+
+    @property
+    def count(self) -> int:
+        """Over all shards."""
+        return sum(len(shard.pictures) for shard in self.shards)
 
 
 def cache_pairs(
     data: CaptionedImages, out: Path, pipe: Any, *, side: int, batch: int = 8, per_shard: int = PER_SHARD,
-    accelerator: Any = None, progress: Progress | None = None,
+    accelerator: Any = None, say: Say | None = None, progress: Progress | None = None,
 ) -> PairIndex:  # fmt: skip
     """Cache the pictures of `data`, of about side² px, and their captions in `out`, through what `pipe` encodes them with.
 
-    Shards that are there are kept. `accelerator` is an `accelerate.Accelerator` or `PartialState` where several processes share
-    the work; each returns once all is there. Raises `TrainError` if `out` holds something else.
+    Shards that are there are kept; `say` is told first how much all take. `accelerator` is an `accelerate.Accelerator` or
+    `PartialState` where several processes share the work; each returns once all is there. Raises `TrainError` if `out` holds
+    something else, and for a side that cannot be.
     """
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
-    factor = pipe.vae_scale_factor * pipe.patch_size
-    stride = max(64 // factor, 1) * factor if side > 128 else factor  # fewer sizes, so that more pictures share one
+    stride, sizes = find_sizes(pipe, side)
     encoders = [getattr(pipe, name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
     index = PairIndex(
         source=data.source, side=side, stride=stride, autoencoder=fingerprint(pipe.vae),
         text_encoders=tuple(fingerprint(encoder) for encoder in encoders if encoder is not None),
-        shards=tuple(_shards(data.sizes(), sizes_near(side, stride), per_shard)),
+        shards=tuple(_shards(data.sizes(), sizes, per_shard)),
         digest=digest(data.table, list(data.captions)),
     )  # fmt: skip
     claim_index(out, index)
     if rank == 0 and not (out / EMPTY).is_file():
         text, pooled = encode_texts(pipe, [""])
         write_shard(out / EMPTY, {"text": text[0].half().cpu(), "pooled": pooled[0].half().cpu()})
+    if rank == 0 and say is not None:
+        say(announced(out, expected_bytes(index, pipe, load_file(out / EMPTY))))
     for number in range(rank, len(index.shards), world):
         file = out / shard_name(number)
         if not file.is_file():
@@ -167,6 +172,28 @@ def check_unvaried(config: TrainConfig) -> None:
     """Raise `TrainError` if pictures are to be augmented."""
     if config.augment != Augment(flip=0):
         raise TrainError("augment: captioned pictures are shown as they are; set train.augment.flip=0 and nothing else there")
+
+
+def find_sizes(pipe: Any, side: int) -> tuple[int, list[Size]]:
+    """The stride of sizes of about side² px, and those that the transformer has positions for. Raises `TrainError` for none."""
+    factor, table = pipe.vae_scale_factor * pipe.patch_size, pipe.transformer.config.pos_embed_max_size
+    most = table * factor
+    stride = max(64 // factor, 1) * factor if min(side, most) > 128 else factor  # fewer sizes, so that more pictures share one
+    found = [size for size in sizes_near(side, stride) if max(size) <= most]
+    if not found:
+        raise TrainError(
+            f"--image-size: no pictures of about {side}x{side} px; choices: multiples of {stride} from {stride} to "
+            f"{most // stride * stride}, where the transformer's positions end (pos_embed_max_size {table})"
+        )
+    return stride, found
+
+
+def expected_bytes(index: PairIndex, pipe: Any, empty: Mapping[str, Tensor]) -> list[int]:
+    """Of every file of a cache, but for its few hundred bytes of names; `empty` are the embeddings of no text."""
+    said = sum(tensor.numel() for tensor in empty.values())
+    channels, area = pipe.transformer.config.in_channels, pipe.vae_scale_factor**2
+    numbers = [2 * channels * (math.prod(shard.size) // area) + said for shard in index.shards]  # mean and std
+    return [2 * count * len(shard.pictures) for count, shard in zip(numbers, index.shards, strict=True)]
 
 
 def sizes_near(side: int, stride: int) -> list[Size]:
