@@ -188,7 +188,7 @@ def read_reference(file: Path) -> Moments:
     try:
         with np.load(file, allow_pickle=False) as stored:
             mean, covariance = (torch.from_numpy(stored[name]).double() for name in ("mu", "sigma"))
-            samples = len(stored["arr_0"]) if "arr_0" in stored.files else None
+            samples = count_pictures(file) if "arr_0" in stored.files else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(f"{file} holds no reference statistics mu and sigma: {str(error).splitlines()[0]}") from error
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
