@@ -47,7 +47,7 @@ def arm(moment: str, number: int) -> None:
     """  # fmt: skip
     digests, rmtree, after_step = checkpoints._digests, shutil.rmtree, checkpoints.State.after_step
 
-    def half_cached(tensors: Any, path: Path) -> NoReturn:
+    def half_cached(tensors: Any, path: Path, **_: Any) -> NoReturn:
         path.write_bytes(b"half")
         die()
 
