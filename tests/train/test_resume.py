@@ -112,14 +112,14 @@ def test_the_command_does_not_calibrate_again(folder: Path, held_out: Path, tmp_
     saved = lineate.save(lineate.convert(host), tmp_path / "saved")
     command = (
         "train", saved, "--data", folder, "--held-out-data", held_out, "--epochs", 1, *SET, "--calibrate-on", held_out,
-        "--set", "calibration.steps=4", "--resume", "--out", tmp_path / "{run}",
+        "--set", "calibration.steps=2", "--set", "calibration.pool=4", "--resume", "--out", tmp_path / "{run}",
     )  # fmt: skip
     ends, said = run(1, "whole,calibrating,step:1,step:5,never", *command)
     assert ends == [0, *[KILLED] * 3, 0], said
     assert said.count("calibrating 2 sites") == 3  # of the part twice, once in vain
     assert same(tmp_path / "part", tmp_path / "whole")
     told = [json.loads((tmp_path / name / "run.json").read_text())["results"]["calibration"] for name in ("whole", "part")]
-    assert told[0]["sites"] == told[1]["sites"] and told[1]["steps"] == 8
+    assert told[0]["sites"] == told[1]["sites"] and told[1]["steps"] == 4
 
 
 def test_a_denoisers_command_killed_and_resumed(folder: Path, tmp_path: Path) -> None:
