@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lineate.data import DataError, LabelledImages, open_data
 from lineate.evaluate import EvaluationError
-from lineate.evaluate.top1 import Preprocessing, classes, compare, logits, prepare, top_k
+from lineate.evaluate.top1 import Preprocessing, classes, compare, logits, prepare, processes, top_k
 from lineate.sources import Source
 
 CLASSES = 8
@@ -138,6 +138,17 @@ def test_each_process_takes_its_share_and_as_many_batches(
     assert {len(part) for part in gathered[0]} == {-(-22 // world)}
     held = rows[rows[:, 1] >= 0]
     assert sorted(held[:, 0].tolist()) == list(range(22)) and len(rows) - len(held) == -22 % world
+
+
+def test_one_process_that_was_to_be_several_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `accelerate launch --cpu --num_processes 2` leaves the environment, and with one process."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert processes(torch.device("cpu")) is None
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(EvaluationError, match=r"starts one on CPUs; .* torchrun --nproc-per-node=N -m lineate"):
+        processes(torch.device("cpu"))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert processes(torch.device("cpu")) is None
 
 
 def test_the_model_comes_back_as_it_was(model: nn.Module, data: LabelledImages) -> None:

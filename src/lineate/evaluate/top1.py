@@ -109,7 +109,15 @@ class Outcome:
 
 
 def processes(device: torch.device) -> Any:
-    """What `accelerate launch` or `torchrun` started this process as, for `top_k`; None if it runs alone."""
+    """What `accelerate launch` or `torchrun` started this process as, for `top_k`; None if it runs alone.
+
+    Raises `EvaluationError` for one that was to be several: without GPUs `accelerate launch` starts one, and says nothing.
+    """
+    if "WORLD_SIZE" not in os.environ and {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys() and device.type == "cpu":
+        raise EvaluationError(
+            "accelerate launch was asked for several processes and starts one on CPUs; so many do what is theirs by "
+            "torchrun --nproc-per-node=N -m lineate ..."
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
     from accelerate import PartialState
