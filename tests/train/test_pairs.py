@@ -87,8 +87,8 @@ def test_what_a_cache_will_take_is_said_before(cached: Path, pipe: Any, data: Ca
     assert len(files) == len(expected) and all(
         0 < file.stat().st_size - size < 1000 for file, size in zip(files, expected, strict=True)
     )
-    total = f"{tmp_path} takes {sum(expected) / 1e6:.1f} MB in 5 files, "
-    assert said[0].startswith(f"{total}{sum(expected) / 1e6:.1f} MB in 5 of them still to be made; ")
+    total = f"{tmp_path} takes {sum(expected) / 1e3:.1f} kB in 5 files, "
+    assert said[0].startswith(f"{total}{sum(expected) / 1e3:.1f} kB in 5 of them still to be made; ")
     assert said[1].startswith(f"{total}all there; ") and said[1].endswith(" GB are free on that disk")
 
 

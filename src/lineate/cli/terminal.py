@@ -34,7 +34,7 @@ class Screen:
     """Status lines and one progress bar with the time left, on stderr; a line every `LOG_SECONDS` where that is no terminal."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, emoji=False)
         self.bar: Progress | None = None
         self.task: TaskID
         self.began: tuple[int, float] | None = None  # the first step seen, and when; without a terminal
@@ -181,7 +181,7 @@ def show_scores(title: str, tallies: Sequence[Tally], comparison: Comparison | N
             difference = comparison.overall if tag is None else comparison.tags[tag]
             cells += [_share(difference.value), f"{difference.p:.3g}"]
         table.add_row("overall" if tag is None else escape(tag), *cells)
-    Console(highlight=False).print(table)
+    Console(highlight=False, emoji=False).print(table)  # a folder may be called hf:eyes:
 
 
 def _share(share: Interval | Shown | None) -> str:

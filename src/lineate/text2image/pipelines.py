@@ -38,7 +38,8 @@ def load_pipeline(source: str, dtype: torch.dtype = torch.float32) -> Any:
         pipe = load_pipeline(_base(saved), dtype)
         model = checkpoint.load(saved)
         softmax = record(model).conversion.keeps_softmax  # a host like any other then
-        pipe.transformer = (checkpoint.original_of(model) if softmax else model).to(dtype)
+        with quietly():
+            pipe.transformer = (checkpoint.original_of(model) if softmax else model).to(dtype)
         return pipe
     name = str(STAND_IN) if source == SHAPES else source.removeprefix("diffusers:")
     if name == source and not (Path(source) / "model_index.json").is_file():

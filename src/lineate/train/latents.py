@@ -249,7 +249,7 @@ def announced(out: Path, sizes: Sequence[int]) -> str:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
 class _Pictures(Dataset[tuple[Tensor, int, dict[str, str]]]):
