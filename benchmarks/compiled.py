@@ -1,6 +1,6 @@
 """What the compiler makes of the Triton kernels, without a GPU: registers, spills, shared memory, tensor-core instructions.
 
-    python benchmarks/compiled.py                                    the table in docs/kernels.md
+    python benchmarks/compiled.py --worst                            a line of the table in docs/kernels.md for each D and model
     python benchmarks/compiled.py --capability 80 --dims 64,128 --dtypes float32 --models swiglu
 
 The launches of one forward and backward are recorded on tensors without data, and each is compiled as it stands, for the GPU that
@@ -145,6 +145,12 @@ def table(capability: int, dim: int, dtype: torch.dtype, model: str, loss: str) 
             yield row
 
 
+def worst(rows: list[Compiled]) -> str:
+    """Two cells: bytes spilled a thread and by which kernel, KiB of shared memory and of which."""
+    spilled, shared = (max(rows, key=lambda row: getattr(row, what)) for what in ("spills", "shared_kib"))
+    return f"{spilled.spills}, `{spilled.kernel}` | {shared.shared_kib}, `{shared.kernel}`"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--capability", type=int, default=90)
@@ -153,12 +159,17 @@ def main() -> None:
     parser.add_argument("--models", default="2layer,swiglu")
     parser.add_argument("--losses", default="l2")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each kernel, not a table")
+    parser.add_argument("--worst", action="store_true", help="the kernels with the most spills and the most shared memory alone")
     chosen = parser.parse_args()
     lists = (getattr(chosen, name).split(",") for name in ("dims", "dtypes", "models", "losses"))
     for dim, dtype, model, loss in product(*lists):
+        rows = table(chosen.capability, int(dim), getattr(torch, dtype), model, loss)
+        if chosen.worst:
+            print(f"| sm_{chosen.capability} | {dim} | {dtype} | {model} | {loss} | {worst(list(rows))} |", flush=True)
+            continue
         if not chosen.json:
             print(f"\nsm_{chosen.capability}, D = {dim}, {dtype}, {model}, {loss}\n" + HEAD)
-        for row in table(chosen.capability, int(dim), getattr(torch, dtype), model, loss):
+        for row in rows:
             print(json.dumps(row._asdict()) if chosen.json else ROW.format(*row), flush=True)
 
 

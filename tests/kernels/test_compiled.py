@@ -1,4 +1,4 @@
-"""The kernels as the compiler makes them for sm_80 and sm_90, with no GPU: no large spill, and products on the tensor cores."""
+"""The kernels as the compiler makes them, with no GPU: no large spill, tensor cores, as much shared memory as GPUs have."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 COMMAND = Path(__file__).parents[2] / "benchmarks" / "compiled.py"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-LARGE = 256  # bytes a thread; the most that was seen is 232, `weight_gradients` on sm_80
+LARGE = 256  # bytes a thread
+SHARED_KIB = {80: 99, 90: 227}  # sm_80's code runs on GPUs of consumers too, which have less
 PRODUCTS = {"gradients", "answers", "query_gradients", "key_gradients", "weight_gradients"}
 
 pytestmark = [
@@ -23,7 +24,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("capability", "dim", "model", "loss"), [(80, 64, "2layer", "inner-product"), (90, 64, "2layer", "l2")])
+@pytest.mark.parametrize(
+    ("capability", "dim", "model", "loss"),
+    [(80, 64, "2layer", "inner-product"), (90, 64, "2layer", "l2"), (80, 72, "swiglu", "l2"), (80, 128, "swiglu", "l2")],
+)
 def test_no_large_spill_and_tensor_cores(capability: int, dim: int, model: str, loss: str) -> None:
     # In its own process: here, the kernels are the interpreter's.
     options = ["--capability", str(capability), "--dims", str(dim), "--models", model, "--losses", loss, "--json"]
@@ -32,5 +36,5 @@ def test_no_large_spill_and_tensor_cores(capability: int, dim: int, model: str, 
     kernels = [json.loads(line) for line in found.stdout.splitlines()]
     assert {kernel["kernel"] for kernel in kernels} >= PRODUCTS
     for kernel in kernels:
-        assert kernel["spills"] <= LARGE, kernel
+        assert kernel["spills"] <= LARGE and kernel["shared_kib"] <= SHARED_KIB[capability], kernel
         assert (kernel["tensor_cores"] > 0) == (kernel["kernel"] in PRODUCTS), kernel

@@ -7,6 +7,7 @@ interpreter knows no bf16 products and no hardware tanh, and is slow: few tokens
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -129,12 +130,16 @@ def test_opcheck_and_vmap() -> None:
         (48, "2layer", torch.bfloat16, "head dimensions 32, 64, 72, 80, 96, 128, not 48"),
         (64, "3layer", torch.bfloat16, "inner models 2layer, swiglu, not 3layer"),
         (64, "swiglu", torch.float64, "do not compute in float64"),
+        (128, "swiglu", torch.bfloat16, None),
+        (128, "swiglu", torch.float32, "takes 128 KiB of shared memory, and this GPU has 99"),
     ],
 )
 def test_what_they_cannot_do_is_said(
     dim: int, model: str, dtype: torch.dtype, why: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    small = SimpleNamespace(shared_memory_per_block_optin=99 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
     found = op.refusal(torch.empty(1, 2, 5, dim, dtype=dtype), model)
     assert found == why if why is None else why in found
 

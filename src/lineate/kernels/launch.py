@@ -27,16 +27,17 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 # The chunks of each head dimension that the kernels know.
 CHUNKS = {32: (32,), 64: (64,), 72: (64, 16), 80: (64, 16), 96: (64, 32), 128: (128,)}
-# Tokens a tile and warps, for D up to 64 and beyond: what compiles without large spills. Matrix instructions of sm_90 want 64
-# tokens; the second order has too much to hold for that.
+# Tokens a tile and warps, for D up to 64, up to 96 and of 128: what compiles without large spills, in the shared memory that all
+# GPUs have. Matrix instructions of sm_90 want 64 tokens; the second order has too much to hold for that.
 TILES = {
-    "gradients": ((64, 4), (64, 8)),
-    "answers": ((64, 8), (64, 8)),
-    "query_gradients": ((64, 4), (64, 8)),
-    "key_gradients": ((32, 4), (64, 8)),
-    "weight_gradients": ((32, 4), (32, 8)),
+    "gradients": ((64, 4), (64, 8), (32, 8)),
+    "answers": ((64, 8), (64, 8), (64, 8)),
+    "query_gradients": ((64, 4), (64, 8), (32, 8)),
+    "key_gradients": ((32, 4), (64, 8), (32, 8)),
+    "weight_gradients": ((32, 4), (32, 8), (32, 8)),
 }
 SUMS = ("gradients", "weight_gradients")  # they keep D × slice sums in registers, walking over tokens
+CROWDED = {False: ("weight_gradients",), True: (*SUMS, "key_gradients")}  # sliced at D = 64 already, without a gate and with one
 # Tiles of the kernels that only move tokens: tokens a tile, channels a block.
 _MOVE = {"BT": 64, "BC": 32}
 MOST_TOKENS = 65535 * 32  # the second axis of a grid, in tiles
@@ -108,17 +109,20 @@ class Task:
         return self.q.new_empty(self.q.shape, dtype=dtype)
 
 
-def slices(kernel: str, dim: int, gated: bool) -> tuple[tuple[int, ...], int]:
+def slices(kernel: str, dim: int, half: bool, gated: bool) -> tuple[tuple[int, ...], int]:
     """Chunks of one slice of the hidden width, and how many slices there are."""
-    sliced = dim > 64 or (gated and dim == 64 and kernel in SUMS)
-    return ((32,), -(-dim // 32)) if sliced else (CHUNKS[dim], 1)
+    if dim < 64 or (dim == 64 and kernel not in CROWDED[gated]):
+        return CHUNKS[dim], 1
+    narrow = dim > 64 and not (half and len(CHUNKS[dim]) == 1)  # several chunks hold more, and fp32 twice as much
+    width = 16 if narrow else 32
+    return (width,), -(-dim // width)
 
 
 def options(kernel: str, dim: int, dtype: torch.dtype, gated: bool) -> dict[str, Any]:
     """Compile-time arguments of a kernel in `step` for this head dimension and type of input."""
     half = dtype != torch.float32
-    hidden, count = slices(kernel, dim, gated)
-    tile, warps = TILES[kernel][dim > 64]
+    hidden, count = slices(kernel, dim, half, gated)
+    tile, warps = TILES[kernel][(dim > 64) + (dim > 96)]
     precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     return {
         "D": dim,
@@ -130,7 +134,7 @@ def options(kernel: str, dim: int, dtype: torch.dtype, gated: bool) -> dict[str,
         "GATED": gated,
         "FAST": half and not INTERPRETED,
         "num_warps": warps if half else 8,
-        "num_stages": 2 if kernel in SUMS else 1,
+        "num_stages": 2 if kernel in SUMS and half else 1,
         **({} if INTERPRETED else {"default_dot_input_precision": precision}),
     }
 
@@ -276,17 +280,20 @@ def backward(
     plain = k_taps is None and norm is None
     dk, dv = like_tokens(k) if plain else task.tokens(task.operand), like_tokens(v)
     operands = weights.to(task.operand)
+    errors = q.new_empty((2, *q.shape), dtype=task.operand) if l2 else None
     options = task.options("key_gradients")
     grid = (task.heads, task.tiles(options["BT"]))
     step.key_gradients[grid](
-        keys, v, operands, small, key_unit, dk, dv, tokens, heads, *_strides(keys), *_strides(v), *_strides(dk), *_strides(dv),
+        keys, v, operands, small, key_unit, dk, dv, errors, tokens, heads,
+        *_strides(keys), *_strides(v), *_strides(dk), *_strides(dv),
         FINAL=plain, L2=l2, **options,
     )  # fmt: skip
     options = task.options("weight_gradients")
     splits = task.splits(options["BT"], options["SLICES"])
     parts = q.new_empty((*gamma.shape[:2], splits, *gamma.shape[2:]), dtype=torch.float32)
+    e, de = (v, None) if errors is None else errors.unbind(0)
     step.weight_gradients[task.heads, splits, options["SLICES"]](
-        keys, v, operands, small, parts, tokens, heads, *_strides(keys), *_strides(v), splits, L2=l2, **options
+        keys, e, de, operands, small, parts, tokens, heads, *_strides(keys), *_strides(e), splits, L2=l2, **options
     )
     d_weights = (gamma * unit[..., None, None, None] - parts.sum(2) * key_unit[..., None, None, None]).sum(0)
     dk_taps = q.new_empty(0, dtype=torch.float32)

@@ -115,6 +115,12 @@ def aligned_ttt(
     return out
 
 
+def _shared_kib(device: torch.device) -> int:
+    """Shared memory that a program can have, 99 KiB on GPUs of consumers."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin) // 1024
+
+
 def refusal(q: Tensor, model: str) -> str | None:
     """Why the kernels cannot take these, or None."""
     *_, tokens, dim = q.shape
@@ -126,6 +132,8 @@ def refusal(q: Tensor, model: str) -> str | None:
         return f"they know the head dimensions {', '.join(map(str, launch.CHUNKS))}, not {dim}"
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"they do not compute in {str(q.dtype).removeprefix('torch.')}"
+    if q.dtype == torch.float32 and dim == 128 and _shared_kib(q.device) < 128:
+        return f"in float32 a head dimension of 128 takes 128 KiB of shared memory, and this GPU has {_shared_kib(q.device)}"
     if tokens > launch.MOST_TOKENS:
         return f"they take at most {launch.MOST_TOKENS} tokens, not {tokens}"
     return None

@@ -86,7 +86,7 @@ def gradients(
         error = scaled(tokens(e, t0, en, N, D, CHUNKS, BT, tl.float32), factor)
         if L2:
             error = back(hidden(tile, m, GATED, FAST), m[1], error)
-            for other in tl.static_range(1, SLICES):
+            for other in range(1, SLICES):  # not unrolled: all slices would stay, in registers and shared memory
                 w = matrices(weights, (piece + other) % SLICES, D, CHUNKS, HIDDEN, GATED, OP)
                 error = back(hidden(tile, w, GATED, FAST), w[1], error)
         error = rounded(error, OP)
@@ -159,7 +159,7 @@ def query_gradients(
     factor = tl.load(unit + bh)
     error = rounded(scaled(tokens(do, t0, dn, N, D, CHUNKS, BT, tl.float32), 1.0 / factor), OP)
     dq = blank(BT, CHUNKS)
-    for piece in tl.static_range(SLICES):
+    for piece in range(SLICES):  # not unrolled: the first walk's values would live on
         u = matrices(fitted, piece, D, CHUNKS, HIDDEN, GATED, OP)
         _, d_in, d_gate = at_hidden(x, error, u, GATED, FAST)
         dq = back(d_in, u[0], dq)
@@ -208,11 +208,14 @@ def second_order(k, e, de, m, g, GATED: tl.constexpr, L2: tl.constexpr, FAST: tl
 
 @triton.jit
 def key_gradients(
-    k, v, weights, gamma, unit, dk, dv, N, H, kb, kh, kn, vb, vh, vn, dkb, dkh, dkn, dvb, dvh, dvn,
+    k, v, weights, gamma, unit, dk, dv, errors, N, H, kb, kh, kn, vb, vh, vn, dkb, dkh, dkn, dvb, dvh, dvn,
     D: tl.constexpr, CHUNKS: tl.constexpr, HIDDEN: tl.constexpr, SLICES: tl.constexpr, BT: tl.constexpr,
     OP: tl.constexpr, GATED: tl.constexpr, L2: tl.constexpr, FAST: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
-    """∂v = unit·∂E and -∂k̂ for one tile; ∂k̂ times `unit` where FINAL, else as it is for `convolve_backward`."""
+    """∂v = unit·∂E and -∂k̂ for one tile; ∂k̂ times `unit` where FINAL, else as it is for `convolve_backward`.
+
+    Of the l2 loss E and ∂E are kept in `errors`, (2, B, H, N, D), for `weight_gradients`.
+    """
     bh, t0 = tl.program_id(0), tl.program_id(1) * BT
     k = head_of(k, bh, H, kb, kh)
     v = head_of(v, bh, H, vb, vh)
@@ -227,6 +230,10 @@ def key_gradients(
         g = matrices(gamma, piece, D, CHUNKS, HIDDEN, GATED, OP)
         e, de = add_share(x, e, de, m, g, GATED, L2, FAST)
     e = rounded(e, OP)
+    if L2:
+        errors += tl.cast(bh, tl.int64) * N * D
+        put_tokens(errors, e, t0, D, N, D, CHUNKS, BT)
+        put_tokens(errors + tl.num_programs(0).to(tl.int64) * N * D, de, t0, D, N, D, CHUNKS, BT)
     dx = blank(BT, CHUNKS)
     for piece in range(SLICES):  # not unrolled: the first walk's values would live on
         m = matrices(weights, piece, D, CHUNKS, HIDDEN, GATED, OP)
@@ -242,14 +249,17 @@ def key_gradients(
 
 @triton.jit
 def weight_gradients(
-    k, v, weights, gamma, parts, N, H, kb, kh, kn, vb, vh, vn, SPLITS,
+    k, e, de, weights, gamma, parts, N, H, kb, kh, kn, eb, eh, en, SPLITS,
     D: tl.constexpr, CHUNKS: tl.constexpr, HIDDEN: tl.constexpr, SLICES: tl.constexpr, BT: tl.constexpr,
     OP: tl.constexpr, GATED: tl.constexpr, L2: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """This split's part of ∂(Σ_j ⟨Γ_j, G_j⟩)/∂W, for one slice of the hidden width."""
+    """This split's part of ∂(Σ_j ⟨Γ_j, G_j⟩)/∂W, for one slice of the hidden width.
+
+    `e` and `de`, which lies like it, are what `key_gradients` kept of the l2 loss; of the other `e` is V.
+    """
     bh, split, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     k = head_of(k, bh, H, kb, kh)
-    v = head_of(v, bh, H, vb, vh)
+    e = head_of(e, bh, H, eb, eh)
     count: tl.constexpr = 3 if GATED else 2
     weights += (bh % H) * count * D * D
     gamma += tl.cast(bh, tl.int64) * count * D * D
@@ -258,23 +268,22 @@ def weight_gradients(
     w_in = empty_matrix(CHUNKS, HIDDEN)
     w_out = empty_matrix(CHUNKS, HIDDEN)
     w_gate = empty_matrix(CHUNKS, HIDDEN) if GATED else None
+    if L2:
+        de = head_of(de, bh, H, eb, eh)
     begin, end = part_of(N, BT, split, SPLITS)
     for t0 in range(begin, end, BT):
         x = tokens(k, t0, kn, N, D, CHUNKS, BT, OP)
-        e = scaled(tokens(v, t0, vn, N, D, CHUNKS, BT, tl.float32), -1.0)
-        de = blank(BT, CHUNKS)
         if L2:
-            e, de = add_share(x, e, de, m, g, GATED, L2, FAST)
-            for other in tl.static_range(1, SLICES):
-                m2 = matrices(weights, (piece + other) % SLICES, D, CHUNKS, HIDDEN, GATED, OP)
-                g2 = matrices(gamma, (piece + other) % SLICES, D, CHUNKS, HIDDEN, GATED, OP)
-                e, de = add_share(x, e, de, m2, g2, GATED, L2, FAST)
-        e = rounded(e, OP)
-        value, along, d_in, d_gate, _, _ = second_order(x, e, de, m, g, GATED, L2, FAST)
+            error = tokens(e, t0, en, N, D, CHUNKS, BT, OP)
+            slope = tokens(de, t0, en, N, D, CHUNKS, BT, OP)
+        else:
+            error = rounded(scaled(tokens(e, t0, en, N, D, CHUNKS, BT, tl.float32), -1.0), OP)
+            slope = None
+        value, along, d_in, d_gate, _, _ = second_order(x, error, slope, m, g, GATED, L2, FAST)
         w_in = outer(x, d_in, w_in)
-        w_out = outer(e, along, w_out)
+        w_out = outer(error, along, w_out)
         if L2:
-            w_out = outer(rounded(de, OP), value, w_out)
+            w_out = outer(slope, value, w_out)
         if GATED:
             w_gate = outer(x, d_gate, w_gate)
     parts += (tl.cast(bh, tl.int64) * SPLITS + split) * count * D * D
