@@ -85,7 +85,8 @@ def host_command(data: str) -> str:
         "--recipe", "dit", "--epochs", f"{epochs(HOST_STEPS):.5f}",
         *(word for name, value in fields.items() for word in ("--set", f"train.{name}={value}")),
     ])  # fmt: skip
-    return f"{train} && cp -r runs/generation/host/model {HOST} && cp runs/generation/host/run.json {HOST}"
+    kept = f"mkdir -p {HOST.parent} && cp -r runs/generation/host/model {HOST} && cp runs/generation/host/run.json {HOST}"
+    return f"{train} && {kept}"
 
 
 def opened(data: str) -> tuple[Path, Features]:
