@@ -148,7 +148,8 @@ def table(capability: int, dim: int, dtype: torch.dtype, model: str, loss: str) 
 def worst(rows: list[Compiled]) -> str:
     """Two cells: bytes spilled a thread and by which kernel, KiB of shared memory and of which."""
     spilled, shared = (max(rows, key=lambda row: getattr(row, what)) for what in ("spills", "shared_kib"))
-    return f"{spilled.spills}, `{spilled.kernel}` | {shared.shared_kib}, `{shared.kernel}`"
+    by = f", `{spilled.kernel}`" if spilled.spills else ""
+    return f"{spilled.spills}{by} | {shared.shared_kib}, `{shared.kernel}`"
 
 
 def main() -> None:
