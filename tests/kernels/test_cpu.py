@@ -22,6 +22,7 @@ from lineate.ops import aligned
 from lineate.ops.aligned import aligned_ttt
 from lineate.ops.aligned_cpu import by_compiled_pieces
 from lineate.ops.aligned_eager import Backend, Setting, by_eager
+from lineate.ops.neighborhood import neighborhood_attention
 from lineate.ops.ttt import INNER, InnerLoss, InnerModel
 
 HEADS = 3
@@ -168,6 +169,36 @@ def test_a_compiler_keeps_the_kernels_at_any_size_in_one_graph(
             assert torch.equal(compiled(qkv, parameters, height, width), expected)
     (called,) = graphs
     assert {f"cpu_{name}" for name in ("statistics", "learn", "answer")} <= {str(target).partition(".")[2] for target in called}
+
+
+# Windows of one row, as tall as the grid, cut by blocks; tokens before and behind; head dimensions of every number of vectors.
+WINDOWS = [(19, 31, 5, 2, 3), (3, 300, 7, 1, 0), (9, 1, 5, 0, 4), (30, 11, 3, 0, 0)]
+
+
+@pytest.mark.parametrize("dim", [8, 24, 40, 64, 72, 128])
+@pytest.mark.parametrize(("height", "width", "window", "first", "behind"), WINDOWS)
+def test_windows_equal_the_tiles_in_fp64(
+    kernels: None, height: int, width: int, window: int, first: int, behind: int, dim: int
+) -> None:
+    grid = height * width
+    q, k, v = torch.randn(2, first + grid + behind, 3, HEADS, dim).permute(2, 0, 3, 1, 4)
+    given = (3 * q[:, :, first : first + grid], k, v)
+    expected = neighborhood_attention(*(x.double() for x in given), height, width, window, first)
+    found = neighborhood_attention(*given, height, width, window, first)
+    assert torch.equal(found.transpose(1, 2), cpu.windows(*(x.transpose(1, 2) for x in given), (height, width, window, first)))
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+    half = [x.bfloat16() for x in given]
+    exact = neighborhood_attention(*(x.float() for x in half), height, width, window, first)
+    torch.testing.assert_close(neighborhood_attention(*half, height, width, window, first), exact.bfloat16(), rtol=0, atol=0)
+
+
+def test_windows_that_learn_are_tiles(kernels: None) -> None:
+    q, k, v = (x.detach().double().requires_grad_() for x in tensors(TokenLayout(5, 6), "swiglu", 8, torch.float32)[:3])
+    single = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    for inputs in ((q, k, v), single):
+        neighborhood_attention(*inputs, 5, 6, 3).square().sum().backward()
+    for a, b in zip(single, (q, k, v), strict=True):
+        assert off(a.grad, b.grad) < 1e-5
 
 
 class Aligned(torch.nn.Module):

@@ -96,9 +96,8 @@ void collect(int64_t n, int64_t p, const float* x, const float* u, float* g) { p
 
 // ------------------------------------------------------------------------------------------------------- functions by channel
 
-// 1 / (1 + e^-z): e^-z = 2^m·e^r with whole m and |r| <= ln(2)/2, e^r by its series.
-inline Vector logistic(Vector z) {
-  Vector x = -z;
+// e^x = 2^m·e^r with whole m and |r| <= ln(2)/2, e^r by its series.
+inline Vector exponential(Vector x) {
   x = x < -87.0f ? Vector{} - 87.0f : x;
   x = x > 88.0f ? Vector{} + 88.0f : x;
   constexpr float whole = 12582912.0f;  // 1.5·2^23: what is added to it is rounded to an integer
@@ -112,7 +111,35 @@ inline Vector logistic(Vector z) {
   e = e * r + 1.0f;
   e = e * r + 1.0f;
   const Integers power = (__builtin_convertvector(m, Integers) + 127) << 23;
-  return 1.0f / (1.0f + e * (Vector)power);
+  return e * (Vector)power;
+}
+
+inline Vector logistic(Vector z) { return 1.0f / (1.0f + exponential(-z)); }
+
+// Lanes that are STEP apart change places.
+template <int64_t STEP>
+inline Integers rotated() {
+  Integers other = {};
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < LANES; ++i) other[i] = i ^ STEP;
+  return other;
+}
+
+template <int64_t HALF = LANES / 2, typename F>
+inline float reduce(Vector x, const F& join) {
+  x = join(x, __builtin_shuffle(x, rotated<HALF>()));
+  if constexpr (HALF > 1)
+    return reduce<HALF / 2>(x, join);
+  else
+    return x[0];
+}
+
+inline float total(Vector x) {
+  return reduce(x, [](Vector a, Vector b) { return a + b; });
+}
+
+inline float greatest(Vector x) {
+  return reduce(x, [](Vector a, Vector b) { return a > b ? a : b; });
 }
 
 // z <- silu(z), slope <- silu'(z).
@@ -482,6 +509,143 @@ Tensor answer(
   return out;
 }
 
+// --------------------------------------------------------------------------------------------------------------------- windows
+
+// A window along one side: where it begins for the query at `place`, shifted inwards at the border.
+struct Side {
+  int64_t length, size;
+  Side(int64_t length, int64_t window) : length(length), size(std::min(window, length)) {}
+  int64_t start(int64_t place) const { return std::clamp(place - size / 2, int64_t{0}, length - size); }
+};
+
+// Keys and values that follow each other, (count, P) each.
+struct Run {
+  const float *k, *v;
+  int64_t count;
+};
+
+// Scores to shares of one, in place; there is room for whole vectors.
+void share(int64_t count, float* scores) {
+  std::fill(scores + count, scores + padded(count), -1e30f);
+  Vector most = at(scores), sum = {};
+  for (int64_t i = LANES; i < count; i += LANES) most = at(scores + i) > most ? at(scores + i) : most;
+  const float top = greatest(most);
+  for (int64_t i = 0; i < count; i += LANES) sum += at(scores + i) = exponential(at(scores + i) - top);
+  const float all = total(sum);
+  for (int64_t i = 0; i < count; i += LANES) at(scores + i) /= all;
+}
+
+// x and y in turns, `STEP` lanes each: what their sums over pairs of such groups are, in one vector.
+template <int64_t STEP>
+inline Vector fold(Vector x, Vector y) {
+  Integers low = {}, high = {};
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < LANES; ++i) {
+    low[i] = (i / STEP % 2 ? LANES : 0) + i / (2 * STEP) * 2 * STEP + i % STEP;
+    high[i] = low[i] + STEP;
+  }
+  return __builtin_shuffle(x, y, low) + __builtin_shuffle(x, y, high);
+}
+
+// o (P) = softmax(q·kᵀ)·v over all runs. COLUMNS is P in vectors where that is known, else 0.
+template <int64_t COLUMNS>
+void attend(const std::vector<Run>& runs, int64_t p, const float* q, float* scores, float* o) {
+  constexpr int64_t AT_ONCE = COLUMNS ? COLUMNS : 1;
+  const int64_t columns = COLUMNS ? COLUMNS : p / LANES;
+  Vector own[AT_ONCE];
+  for (int64_t i = 0; i < AT_ONCE; ++i) own[i] = at(q + i * LANES);
+  const auto product = [&](const float* k) {
+    Vector sum = own[0] * at(k);
+#pragma GCC unroll 8
+    for (int64_t i = 1; i < columns; ++i) sum += (COLUMNS ? own[i % AT_ONCE] : at(q + i * LANES)) * at(k + i * LANES);
+    return sum;
+  };
+  float* score = scores;
+  for (const Run& run : runs) {
+    const float *k = run.k, *end = k + run.count * p;
+    for (; k + 4 * p <= end; k += 4 * p) {
+      const Vector pairs = fold<1>(product(k), product(k + p)), others = fold<1>(product(k + 2 * p), product(k + 3 * p));
+      Vector sum = fold<2>(pairs, others);
+      if (LANES > 8) sum += __builtin_shuffle(sum, rotated<LANES / 2>());
+      sum += __builtin_shuffle(sum, rotated<4>());
+      for (int64_t i = 0; i < 4; ++i) *score++ = sum[i];
+    }
+    for (; k < end; k += p) *score++ = total(product(k));
+  }
+  share(score - scores, scores);
+  for (int64_t first = 0; first < columns; first += AT_ONCE) {
+    Vector sum[AT_ONCE] = {};
+    score = scores;
+    for (const Run& run : runs)
+      for (const float* v = run.v + first * LANES; v < run.v + run.count * p; v += p, ++score)
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < AT_ONCE; ++i) sum[i] += *score * at(v + i * LANES);
+    for (int64_t i = 0; i < AT_ONCE; ++i) at(o + (first + i) * LANES) = sum[i];
+  }
+}
+
+using Attend = void (*)(const std::vector<Run>&, int64_t, const float*, float*, float*);
+
+Attend attend_for(int64_t p) {
+  switch (p / LANES) {
+    case 2: return attend<2>;
+    case 4: return attend<4>;
+    case 5: return attend<5>;
+    case 8: return attend<8>;
+    default: return attend<0>;
+  }
+}
+
+// q (B, h·w, H, D), k and v (B, M, H, D) with the grid from token `first` on -> o (B, h·w, H, D): softmax attention to a full
+// window of the grid and to every token off the grid.
+Tensor windows(
+    const Tensor& q, const Tensor& k, const Tensor& v, int64_t height, int64_t width, int64_t window, int64_t first) {
+  const int64_t batch = q.size(0), heads = q.size(2), d = q.size(3), p = padded(d);
+  const int64_t grid = height * width, off = k.size(1) - grid;
+  const Side tall(height, window), wide(width, window);
+  const Plan plan(blocks_of(grid, {height, width, 0}, true), batch * heads);
+  const int64_t n = largest(plan.blocks), rows = std::max<int64_t>(1, TOKENS / width) + tall.size;
+  const int64_t seen = (rows * width + off) * p, all = padded(tall.size * wide.size + off);
+  const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+  const Attend work = attend_for(p);
+  Tensor out = at::empty({batch, grid, heads, d}, q.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "windows", [&] {
+    plan.run(n * p + 2 * seen + all + p, [&](Scratch& scratch, int64_t head, int64_t part) {
+      const int64_t b = head / heads, h = head % heads;
+      const Tokens<scalar_t> queries(q, b, h), keys(k, b, h), values(v, b, h);
+      float *x = scratch.take(n * p), *near_k = scratch.take(seen), *near_v = scratch.take(seen);
+      float *scores = scratch.take(all), *o = scratch.take(p);
+      const int64_t behind = first + grid;
+      for (auto [from, to] : {std::pair(keys, near_k), std::pair(values, near_v)}) {  // those off the grid come first
+        copy(from, 0, first, d, p, nullptr, to);
+        copy(from, behind, off - first, d, p, nullptr, to + first * p);
+      }
+      float *grid_k = near_k + off * p, *grid_v = near_v + off * p;
+      std::vector<Run> runs(tall.size + 1, Run{near_k, near_v, off});  // the last stays
+      for (int64_t i = plan.begin(part); i < plan.begin(part + 1); ++i) {
+        const Block& block = plan.blocks[i];
+        const int64_t top = tall.start(block.top), bottom = tall.start(block.top + block.rows - 1) + tall.size;
+        copy(queries, block.start, block.count, d, p, nullptr, x);
+        copy(keys, first + top * width, (bottom - top) * width, d, p, nullptr, grid_k);
+        copy(values, first + top * width, (bottom - top) * width, d, p, nullptr, grid_v);
+        for (int64_t t = 0; t < block.count; ++t) {
+          float* own = x + t * p;
+          for (int64_t j = 0; j < p; j += LANES) at(own + j) *= scale;
+          const int64_t corner = (tall.start(block.top + t / width) - top) * width + wide.start(t % width);
+          for (int64_t row = 0; row < tall.size; ++row) {
+            const int64_t from = (corner + row * width) * p;
+            runs[row] = {grid_k + from, grid_v + from, wide.size};
+          }
+          work(runs, p, own, scores, o);
+          scalar_t* to = out.data_ptr<scalar_t>() + ((b * grid + block.start + t) * heads + h) * d;
+          for (int64_t j = 0; j < d; ++j) to[j] = static_cast<scalar_t>(o[j]);
+        }
+      }
+    });
+  });
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(lineate, library) {
@@ -489,6 +653,8 @@ TORCH_LIBRARY_FRAGMENT(lineate, library) {
   library.def(
       "cpu_learn(Tensor k, Tensor v, Tensor? norm, Tensor[] taps, Tensor[] weights, SymInt height, SymInt width, SymInt first, "
       "bool l2) -> Tensor");
+  library.def(
+      "cpu_windows(Tensor q, Tensor k, Tensor v, SymInt height, SymInt width, SymInt window, SymInt first) -> Tensor");
   library.def("cpu_answer(Tensor q, Tensor[] taps, Tensor[] weights, SymInt height, SymInt width, SymInt first) -> Tensor");
 }
 
@@ -496,4 +662,5 @@ TORCH_LIBRARY_IMPL(lineate, CPU, library) {
   library.impl("cpu_statistics", statistics);
   library.impl("cpu_learn", learn);
   library.impl("cpu_answer", answer);
+  library.impl("cpu_windows", windows);
 }

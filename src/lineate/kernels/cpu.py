@@ -44,7 +44,12 @@ def _answers_of(q: Tensor, *_: Any) -> Tensor:
 
 
 # What a compiler sees of the library's functions.
-SHAPES: dict[str, Callable[..., Tensor]] = {"cpu_statistics": _statistics_of, "cpu_learn": _sums_of, "cpu_answer": _answers_of}
+SHAPES: dict[str, Callable[..., Tensor]] = {
+    "cpu_statistics": _statistics_of,
+    "cpu_learn": _sums_of,
+    "cpu_answer": _answers_of,
+    "cpu_windows": _answers_of,
+}
 
 
 class BuildError(RuntimeError):
@@ -126,8 +131,11 @@ def available() -> bool:
 
 def refusal(tensors: Sequence[Tensor], model: str) -> str | None:
     """Why the kernels cannot take these, or None."""
-    if model not in MODELS:
-        return f"they know the inner models {', '.join(MODELS)}, not {model}"
+    return f"they know the inner models {', '.join(MODELS)}, not {model}" if model not in MODELS else unfit(tensors)
+
+
+def unfit(tensors: Sequence[Tensor]) -> str | None:
+    """Why no kernel can take these, or None."""
     if other := {x.dtype for x in tensors}.difference(TYPES):
         return f"they do not compute in {str(other.pop()).removeprefix('torch.')}"
     why: str | None = _unavailable()
@@ -163,4 +171,10 @@ def learn(
 def answer(q: Tensor, taps: Sequence[Tensor], fitted: Sequence[Tensor], place: Sequence[int]) -> Tensor:
     """o (B, N, H, D) of q and the fitted matrices (B, H, D, D)."""
     out: Tensor = torch.ops.lineate.cpu_answer(_tokens(q), _dense(taps), _dense(fitted), *place)
+    return out
+
+
+def windows(q: Tensor, k: Tensor, v: Tensor, place: Sequence[int]) -> Tensor:
+    """o (B, h·w, H, D) of q on the grid, with k and v (B, M, H, D); `place` is the grid's height, width, window, first token."""
+    out: Tensor = torch.ops.lineate.cpu_windows(_tokens(q), _tokens(k), _tokens(v), *place)
     return out

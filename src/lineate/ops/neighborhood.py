@@ -3,8 +3,8 @@
     o_i = softmax(q_i·K_S(i)ᵀ / √D)·V_S(i),   S(i) = rows [a, a + w) × columns [b, b + w),  a = clamp(y - w//2, 0, h - w)
 
 A grid side shorter than w is one window. Every query has the same number of keys. On CUDA, NATTEN's fused kernels (0.20 or newer)
-run it where that library is installed and takes the inputs, else FlexAttention; elsewhere it is exact and eager, in the tiles of
-`lineate.ops.local`, which are the reference.
+run it where that library is installed and takes the inputs, else FlexAttention; on CPUs those of `lineate build` where nothing is
+differentiated; elsewhere it is exact and eager, in the tiles of `lineate.ops.local`, which are the reference.
 Source: Hassani et al., arXiv 2204.07143 (no relative bias).
 
 Legend: B batch, H heads, N = height·width grid tokens, M all tokens, D head dim.
@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lineate.kernels import cpu
 from lineate.ops import flex
 from lineate.ops.local import Axis, check_grid, cut, tiled_attention
 
@@ -51,6 +52,17 @@ def _by_natten(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, window:
     outside = [torch.cat((x[:, :first], x[:, stop:]), dim=1) if x.shape[1] > stop - first else None for x in (k, v)]
     out: Tensor = _natten().na2d(*grid, kernel_size=window, additional_keys=outside[0], additional_values=outside[1])
     return out.flatten(1, 2).transpose(1, 2)
+
+
+def _compiled(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the compiled CPU kernels take these: nothing is differentiated, transformed, counted or exported."""
+    given = (q, k, v)
+    if type(q) is not Tensor or q.device.type != "cpu" or len({x.dtype for x in given}) > 1:
+        return False
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting():
+        return False
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    return not learns and cpu.unfit(given) is None
 
 
 def _windows(length: int, window: int, device: torch.device) -> Axis:
@@ -92,6 +104,9 @@ def neighborhood_attention(
     check_grid(q, k, height, width, first)
     if _fused(q, height, width, window) and q.dtype == k.dtype == v.dtype:
         return _by_natten(q, k, v, height, width, window, first)
+    if _compiled(q, k, v):
+        place = (height, width, window, first)
+        return cpu.windows(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), place).transpose(1, 2)
     if flex.takes(q, k, v):
         return flex.attend(q, k, v, in_window, height, width, window, first)
     rows, columns = (_windows(length, window, q.device) for length in (height, width))
