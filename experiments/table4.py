@@ -26,6 +26,7 @@ TABLE = Table(
         Row("T⁵-S", (79.00, None), (None, None), "23M, 4.77G"),
         Row("T⁵⁺-S", (79.64, None), (None, None), "23M, 4.86G"),
     ),
+    "Not run: the second size, whose host is a DeiT-S; the small scale has one host.",
     against="T⁵-T",
 )
 
