@@ -98,9 +98,15 @@ def test_inheriting_the_attention_alone_draws_the_modulation_anew_at_its_zero_st
 
 def test_what_is_asked_about_pictures_is_refused() -> None:
     model = tiny()
-    for ask in (detect(model).runner, lambda m: detect(m).features(m, torch.zeros(1, 3, 8, 8))):
-        with pytest.raises(UnsupportedModelError, match="DiT is a denoiser"):
-            ask(model)
+    with pytest.raises(UnsupportedModelError, match="DiT is a denoiser"):
+        detect(model).features(model, torch.zeros(1, 3, 8, 8))
+
+
+def test_a_step_can_be_run_on_latents_alone() -> None:
+    model = tiny()
+    family = detect(model)
+    latents = torch.randn(2, family.geometry(model).channels, 8, 12)
+    assert family.runner(model)(latents).shape[-2:] == (8, 12)
 
 
 def test_an_attention_that_is_not_timms_is_refused_by_name() -> None:
