@@ -242,7 +242,8 @@ def choose_sizes(model: nn.Module, sizes: Sequence[tuple[int, int]] | None) -> t
 
     Of latents, the model's own, twice and four times that.
     """
-    family, geometry = detect(model), detect(model).geometry(model)
+    family = detect(model)
+    geometry = family.geometry(model)
     own, multiple = geometry.image, max(geometry.patch)
     usual = [(px // multiple * multiple,) * 2 for px in SIZES_PX]
     if own is not None and not geometry.any_size:

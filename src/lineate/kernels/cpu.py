@@ -136,6 +136,8 @@ def refusal(tensors: Sequence[Tensor], model: str) -> str | None:
 
 def unfit(tensors: Sequence[Tensor]) -> str | None:
     """Why no kernel can take these, or None."""
+    if type(tensors[0]) is not Tensor or torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting():
+        return "operators are traced, counted, transformed or exported"
     if other := {x.dtype for x in tensors}.difference(TYPES):
         return f"they do not compute in {str(other.pop()).removeprefix('torch.')}"
     why: str | None = _unavailable()

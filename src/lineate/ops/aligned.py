@@ -58,9 +58,7 @@ def _on_cpu(tensors: Sequence[Tensor], model: InnerModel) -> tuple[Backend, str]
 
 def _kept_by_compilers(tensors: Sequence[Tensor], model: InnerModel) -> bool:
     """Whether a compiler calls kernels as operators; those of CPUs have no gradients, and no place in an exported program."""
-    if tensors[0].is_cuda:
-        return True
-    return not torch.compiler.is_exporting() and not torch.is_grad_enabled() and cpu.refusal(tensors, model) is None
+    return tensors[0].is_cuda or (not torch.is_grad_enabled() and cpu.refusal(tensors, model) is None)
 
 
 def _backend(tensors: Sequence[Tensor], model: InnerModel) -> tuple[Backend, str]:

@@ -55,14 +55,10 @@ def _by_natten(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, window:
 
 
 def _compiled(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the compiled CPU kernels take these: nothing is differentiated, transformed, counted or exported."""
+    """Whether the compiled CPU kernels take these: of one type, and nothing is differentiated."""
     given = (q, k, v)
-    if type(q) is not Tensor or q.device.type != "cpu" or len({x.dtype for x in given}) > 1:
-        return False
-    if torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting():
-        return False
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    return not learns and cpu.unfit(given) is None
+    return q.device.type == "cpu" and q.dtype == k.dtype == v.dtype and not learns and cpu.unfit(given) is None
 
 
 def _windows(length: int, window: int, device: torch.device) -> Axis:
