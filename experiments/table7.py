@@ -27,6 +27,7 @@ from typing import Any
 
 import drawn
 import torch
+from torch import nn
 
 import lineate
 from lineate import runs
@@ -91,6 +92,7 @@ class Learner:
     def __post_init__(self) -> None:
         self.original = self.pipe.transformer
         self.calls = lru_cache(1)(self._calls)
+        self.started = lru_cache(1)(self._started)
 
     def _calls(self, seed: int) -> list[Call]:
         """What the original is asked while it draws captions of its training."""
@@ -99,18 +101,22 @@ class Learner:
         captions = [scenes.scene(index)[0].prompt for index in range(256)]
         return trajectory(self.pipe, captions, SAMPLING.model_copy(update={"seed": seed}), CALIBRATION.pool, batch=64)
 
-    def start(self, row: Row, seed: int) -> dict[str, Any]:
-        """Convert and calibrate as the row says; what was done."""
-        self.pipe.transformer = copy.deepcopy(self.original)
+    def _started(self, row: Row, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+        """The stand-in converted and calibrated as the row says, and what was done."""
+        model = copy.deepcopy(self.original)
         if row.conversion is None:
-            return {"attentions": 0, "new_parameters": 0}
-        calls = self.calls(seed)
-        self.pipe.transformer = model = copy.deepcopy(self.original)
+            return model, {"attentions": 0, "new_parameters": 0}
         lineate.convert(model, row.conversion.model_copy(update={"seed": seed}))
         done: dict[str, Any] = {"attentions": len(record(model).sites), "new_parameters": record(model).count("new")}
         if row.calibrated and record(model).count("new"):
             config = CALIBRATION.model_copy(update={"seed": seed})
-            done["calibration"] = lineate.calibrate(model, calls, config=config).model_dump(mode="json")
+            done["calibration"] = lineate.calibrate(model, self.calls(seed), config=config).model_dump(mode="json")
+        return model, done
+
+    def start(self, row: Row, seed: int) -> dict[str, Any]:
+        """Put the row's model into the pipeline, as it is before tuning; every budget starts from the same."""
+        model, done = self.started(row, seed)
+        self.pipe.transformer = copy.deepcopy(model)
         return done
 
     def tune(self, budget: float, seed: int) -> dict[str, Any]:
