@@ -172,6 +172,27 @@ def test_every_command_that_a_table_prints_is_one(modules: dict[str, ModuleType]
         assert lines and all(list(parsed(line)) for line in lines)
 
 
+@pytest.mark.slow
+def test_a_row_of_table_7_is_converted_once_and_tuned_for_every_budget(
+    modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    table7 = modules["table7"]
+    monkeypatch.setattr(table7.drawn, "SCENES", 256)
+    monkeypatch.setattr(table7, "RESULTS", tmp_path)
+    monkeypatch.setattr(table7, "PROMPTS", table7.PROMPTS[:2])
+    monkeypatch.setattr(table7, "SAMPLING", table7.SAMPLING.model_copy(update={"steps": 1}))
+    monkeypatch.setattr(table7, "CALIBRATION", table7.CALIBRATION.model_copy(update={"steps": 2, "pool": 4, "batch": 2}))
+    learner, row = table7.Learner(), table7.ROWS[1]
+    table7.execute(learner, row, 0)
+    assert learner.started.cache_info().misses == 1
+    [found] = table7.read(row)
+    assert found["start"]["attentions"] == 3 and found["start"]["calibration"]["steps"] == 3 * 2
+    tuned = [found["budgets"][str(budget)] for budget in table7.BUDGETS]
+    assert [each["tuning"]["steps"] for each in tuned] == [2, 4]
+    assert all(len(each["correct"]) == 2 for each in found["budgets"].values())
+    assert f"| {row.label} | " in table7.markdown()
+
+
 def test_table_7s_commands_go_from_the_prompts_to_the_scores(modules: dict[str, ModuleType]) -> None:
     """Both benchmarks are drawn by every row, each scored where it was drawn and beside the original's pictures."""
     lines = [line for line in modules["table7"].commands("CAPTIONED") if not line.startswith("#")]

@@ -66,6 +66,11 @@ class Ordered:
     def __init__(self, count: int, config: TrainConfig) -> None:
         self.count, self.config = count, config
 
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """None: only what is read from files can be unreadable."""
+        return {}
+
     def steps(self, processes: int) -> int:
         """Whole steps an epoch. Raises `TrainError` if there are too few pictures for one."""
         needed = self.config.batch * self.config.accumulate * processes
