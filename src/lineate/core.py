@@ -24,6 +24,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from lineate.kernels import cpu
 from lineate.layout import TokenLayout
 from lineate.mixers import MIXERS, MixerConfig
 from lineate.mixers.base import Frozen
@@ -141,17 +142,20 @@ class CoreAttention(nn.Module):
 
     def _join(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
         """Mix neighborhood attention into the grid tokens, and answer the tokens outside exactly, where the config says so."""
-        sizes = (layout.prefix, out.shape[-2] - layout.prefix - layout.suffix, layout.suffix)
-        outside = layout.prefix + layout.suffix > 0
-        exact = self.config.outside == "exact" and outside
-        if self.config.neighborhood is None and not exact:
+        branch, outside = self.config.neighborhood, layout.prefix + layout.suffix
+        exact = self.config.outside == "exact" and outside > 0
+        if branch is None and not exact:
             return out
+        mix = self.mix_logit.sigmoid() if branch is not None and branch.mix == "learned" else None
+        if q.shape[-2] == layout.tokens and cpu.joins((out, q, k, v), outside if exact else 0):
+            place, window = (layout.height, layout.width, layout.prefix), 0 if branch is None else branch.window
+            mixed, of_q, of_k, of_v = (x.transpose(1, 2) for x in (out, q, k, v))
+            return cpu.joined(mixed, of_q, of_k, of_v, mix, place, window, exact).transpose(1, 2)
+        sizes = (layout.prefix, out.shape[-2] - outside, layout.suffix)
         first, grid, last = out.split(sizes, dim=-2)
-        if self.config.neighborhood is not None:
-            learned = self.config.neighborhood.mix == "learned"
-            mix = self.mix_logit.sigmoid().view(-1, 1, 1).to(out.dtype) if learned else 0.5
-            near = self._near(q.split(sizes, dim=-2)[1], k, v, layout, self.config.neighborhood.window)
-            grid = torch.lerp(grid, near.to(out.dtype), mix)
+        if branch is not None:
+            near = self._near(q.split(sizes, dim=-2)[1], k, v, layout, branch.window)
+            grid = torch.lerp(grid, near.to(out.dtype), 0.5 if mix is None else mix.view(-1, 1, 1).to(out.dtype))
         if exact:
             first, last = (x.to(out.dtype) for x in self._outside(q, k, v, layout))
         # Laid out as the host reads it: tokens before heads.

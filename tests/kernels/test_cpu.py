@@ -6,9 +6,11 @@ Compiled once into pytest's temporary folder: half a minute, and skipped where t
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from itertools import product
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from lineate.cli.app import app
+from lineate.core import CoreAttention, CoreConfig, Neighborhood
 from lineate.kernels import cpu
 from lineate.layout import TokenLayout
 from lineate.ops import aligned
@@ -85,6 +88,34 @@ def test_output_and_every_gradient_equal_eager_in_fp64(
     expected = results(by_eager, [x.double() for x in given], setting, convolved, cotangent.double())
     for a, b in zip(found, expected, strict=True):
         assert off(a, b) < 1e-5
+
+
+@pytest.fixture(params=[1, 4], ids=["a head a thread", "heads in parts"])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("convolved", "eps"), [(True, 1.0), (True, None), (False, 1.0)])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("model", "loss"), MODELS)
+def test_where_nothing_learns_one_kernel_does_all(
+    kernels: None, threads: None, model: InnerModel, loss: InnerLoss, layout: TokenLayout, convolved: bool, eps: float | None
+) -> None:
+    q, k, v, *parameters = tensors(layout, model, 40, torch.float32)
+    weights, convolutions = parameters[:-4], parameters[-4:] if convolved else None
+    setting = Setting(layout.height, layout.width, layout.prefix, eps, model, loss)
+
+    def of(backend: Backend, *change: Any) -> Tensor:
+        turned = None if convolutions is None else [x.to(*change) for x in convolutions]
+        return backend(q.to(*change), k.to(*change), v.to(*change), [w.to(*change) for w in weights], turned, setting)
+
+    with torch.no_grad():
+        found, expected, half = of(by_compiled_pieces), of(by_eager, torch.float64), of(by_compiled_pieces, torch.bfloat16)
+    assert off(found, expected) < 1e-6
+    assert half.dtype == torch.bfloat16 and off(half, expected) < 0.05
 
 
 @pytest.mark.parametrize("dim", [16, 32, 40, 64, 72, 80])
@@ -168,7 +199,7 @@ def test_a_compiler_keeps_the_kernels_at_any_size_in_one_graph(
             expected = by_compiled_pieces(*qkv.permute(2, 0, 3, 1, 4), parameters[:-4], parameters[-4:], setting)
             assert torch.equal(compiled(qkv, parameters, height, width), expected)
     (called,) = graphs
-    assert {f"cpu_{name}" for name in ("statistics", "learn", "answer")} <= {str(target).partition(".")[2] for target in called}
+    assert "lineate.cpu_aligned" in {str(target) for target in called}
 
 
 # Windows of one row, as tall as the grid, cut by blocks; tokens before and behind; head dimensions of every number of vectors.
@@ -199,6 +230,32 @@ def test_windows_that_learn_are_tiles(kernels: None) -> None:
         neighborhood_attention(*inputs, 5, 6, 3).square().sum().backward()
     for a, b in zip(single, (q, k, v), strict=True):
         assert off(a.grad, b.grad) < 1e-5
+
+
+@pytest.mark.parametrize("outside", ["exact", "mixer"])
+@pytest.mark.parametrize("branch", [None, Neighborhood(window=5), Neighborhood(window=3, mix="learned")], ids=str)
+@pytest.mark.parametrize(
+    "layout", [TokenLayout(19, 31, 2, 3), TokenLayout(3, 5, 1), TokenLayout(1, 300, suffix=2), TokenLayout(4, 9)]
+)
+def test_branches_are_joined_by_a_kernel_as_without_it(
+    kernels: None, threads: None, layout: TokenLayout, branch: Neighborhood | None, outside: Literal["exact", "mixer"],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    core = CoreAttention(CoreConfig(neighborhood=branch, outside=outside), HEADS, 24)
+    if branch is not None and branch.mix == "learned":
+        torch.nn.init.normal_(core.mix_logit)
+    q, k, v = 2 * torch.randn(3, 2, HEADS, layout.tokens, 24)
+    called = []
+    monkeypatch.setattr(cpu, "joined", lambda *given, of=cpu.joined: called.append(given) or of(*given))
+    with torch.no_grad():
+        found = core(q, k, v, layout)
+        expected = deepcopy(core).double()(q.double(), k.double(), v.double(), layout)
+        half = deepcopy(core).bfloat16()(q.bfloat16(), k.bfloat16(), v.bfloat16(), layout)
+    core(q, k, v, layout)  # learns, and does without
+    joins = branch is not None or (outside == "exact" and layout.prefix + layout.suffix > 0)
+    assert len(called) == 2 * joins
+    assert off(found, expected) < 1e-5 and off(half, expected) < 0.05
+    assert found.transpose(1, 2).is_contiguous() and half.dtype == torch.bfloat16
 
 
 class Aligned(torch.nn.Module):

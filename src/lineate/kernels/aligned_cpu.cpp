@@ -4,9 +4,13 @@
 //     learn        G = Σ ∂(L/c)/∂W (k̂, v)
 //     answer       o = f_W'(q̂)
 //
-// The equations are those of lineate/ops/ttt.py; lineate/ops/aligned_cpu.py calls these three and differentiates them. Everything
-// is computed in fp32. A block is read out of the projection as it lies, with the grid's rows above and below it, normed, and
-// convolved with the residual in the centre tap. Work is shared by sample, head and part of the blocks.
+//     aligned      all three, head by head: what lies between them stays in a core's cache, and one call does it
+//     windows      neighborhood attention;  joined  that beside a mixer's answers, and exact attention off the grid
+//
+// The equations are those of lineate/ops/ttt.py; lineate/ops/aligned_cpu.py calls the last where nothing learns, and otherwise the
+// three, which it differentiates. Everything is computed in fp32. A block is read out of the projection as it lies, with the grid's
+// rows above and below it, normed, and convolved with the residual in the centre tap. Work is shared by sample, head and part of
+// the blocks.
 //
 // Legend: B batch, H heads, N tokens, D head dim, P = D rounded up to whole vectors (the rest are zeros), n tokens of a block.
 
@@ -205,6 +209,11 @@ struct Tokens {
   int64_t stride;
   Tokens(const Tensor& x, int64_t b, int64_t h)
       : data(x.const_data_ptr<T>() + b * x.stride(0) + h * x.stride(2)), stride(x.stride(1)) {}
+  Tokens from(int64_t start) const {
+    Tokens later = *this;
+    later.data += start * stride;
+    return later;
+  }
 };
 
 // One head's norm (offset, scale) and taps (3·3, then the bias), by padded channels; null where there are none.
@@ -259,15 +268,24 @@ void see(Tokens<T> x, const Block& block, const Grid& grid, int64_t d, int64_t p
 // ------------------------------------------------------------------------------------------------------------ one thread's work
 
 // A thread's scratch memory, handed out piece by piece, each a whole number of cache lines; all zeros at first. Who takes the
-// same pieces again finds them as they were left, the padding of channels among them, which nothing changes.
+// same pieces again finds them as they were left, the padding of channels among them, which nothing changes. The thread keeps the
+// memory, a few MB at most: fresh pages cost more than a short sequence's work.
 class Scratch {
  public:
-  explicit Scratch(int64_t size) : memory(size + PAD) { reset(); }
+  explicit Scratch(int64_t size) : memory(kept()) {
+    memory.resize(std::max<size_t>(memory.size(), size + PAD));
+    std::fill_n(memory.begin(), size + PAD, 0.0f);
+    reset();
+  }
   void reset() { next = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) % 64) / sizeof(float); }
   float* take(int64_t size) { return std::exchange(next, next + size); }
 
  private:
-  std::vector<float> memory;
+  static std::vector<float>& kept() {
+    thread_local std::vector<float> memory;
+    return memory;
+  }
+  std::vector<float>& memory;
   float* next;
 };
 
@@ -277,21 +295,31 @@ int64_t image_size(const std::vector<Block>& blocks, const Grid& grid, int64_t p
   return rows ? (rows + 2) * (grid.width + 2) * p : 0;
 }
 
-// (D, D) of head h, maybe transposed, into (P, P) whose rest stays zero.
+// f(x, a pointer to x's numbers), whatever their type.
+template <typename F>
+void numbers_of(const Tensor& x, const F& f) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "numbers_of", [&] { f(x.const_data_ptr<scalar_t>()); });
+}
+
+// (D, D) number `index`, maybe transposed, into (P, P) whose rest stays zero.
 void pack(const Tensor& w, int64_t index, int64_t p, bool transposed, float* out) {
   const int64_t d = w.size(-1);
-  const float* from = w.const_data_ptr<float>() + index * d * d;
-  for (int64_t i = 0; i < d; ++i)
-    for (int64_t j = 0; j < d; ++j) out[i * p + j] = transposed ? from[j * d + i] : from[i * d + j];
+  numbers_of(w, [&](auto* from) {
+    from += index * d * d;
+    for (int64_t i = 0; i < d; ++i)
+      for (int64_t j = 0; j < d; ++j) out[i * p + j] = static_cast<float>(transposed ? from[j * d + i] : from[i * d + j]);
+  });
 }
 
 // Taps (C, 1, 3, 3) and bias (C,) of head h as (10, P).
 void pack_taps(const Tensor& weight, const Tensor& bias, int64_t h, int64_t d, int64_t p, float* out) {
-  const float *taps = weight.const_data_ptr<float>() + h * d * 9, *offset = bias.const_data_ptr<float>() + h * d;
-  for (int64_t i = 0; i < d; ++i) {
-    for (int64_t j = 0; j < 9; ++j) out[j * p + i] = taps[i * 9 + j];
-    out[9 * p + i] = offset[i];
-  }
+  numbers_of(weight, [&](auto* taps) {
+    for (int64_t i = 0; i < d; ++i)
+      for (int64_t j = 0; j < 9; ++j) out[j * p + i] = static_cast<float>(taps[(h * d + i) * 9 + j]);
+  });
+  numbers_of(bias, [&](auto* offset) {
+    for (int64_t i = 0; i < d; ++i) out[9 * p + i] = static_cast<float>(offset[h * d + i]);
+  });
 }
 
 // How the work is cut: B·H heads, each in parts of whole blocks where the heads alone do not occupy all threads evenly.
@@ -303,6 +331,7 @@ struct Plan {
     if (heads % threads) parts = std::min<int64_t>(blocks.size(), (4 * threads + heads - 1) / heads);
   }
   int64_t begin(int64_t part) const { return blocks.size() * part / parts; }
+  const Block* begin_of(int64_t part) const { return blocks.data() + begin(part); }
   template <typename F>
   void run(int64_t scratch, const F& work) const {  // work(scratch, head among B·H, part)
     at::parallel_for(0, heads * parts, 1, [&](int64_t start, int64_t stop) {
@@ -355,6 +384,14 @@ Moments moments(Tokens<T> x, int64_t start, int64_t stop, int64_t d, Scratch& sc
   return found;
 }
 
+// The norm of a head's first d channels.
+void affine(const Moments& all, double eps, int64_t d, float* offset, float* scale) {
+  for (int64_t i = 0; i < d; ++i) {
+    scale[i] = 1.0f / std::sqrt(all.square[i] / all.count + static_cast<float>(eps));
+    offset[i] = -all.mean[i] * scale[i];
+  }
+}
+
 // k (B, N, H, D) -> (B, 2, H, D) in fp32.
 Tensor statistics(const Tensor& k, double eps) {
   const int64_t batch = k.size(0), tokens = k.size(1), heads = k.size(2), d = k.size(3);
@@ -375,50 +412,75 @@ Tensor statistics(const Tensor& k, double eps) {
       all.join(more.count, more.mean.data(), more.square.data());
     }
     float* offset = out + (head / heads * 2 * heads + head % heads) * d;
-    float* scale = offset + heads * d;
-    for (int64_t i = 0; i < d; ++i) {
-      scale[i] = 1.0f / std::sqrt(all.square[i] / tokens + static_cast<float>(eps));
-      offset[i] = -all.mean[i] * scale[i];
-    }
+    affine(all, eps, d, offset, offset + heads * d);
   }
   return norm;
 }
 
 // ----------------------------------------------------------------------------------------------------------------------- learn
 
-// The inner model's matrices of one head and its gradients, (P, P) each; in, [gate,] out.
+// The inner model's matrices of one head, its gradients, and room for a block and all that is made of it.
 struct Inner {
   bool gated, l2;
-  float *in, *gate, *out, *out_transposed;
-  float *g_in, *g_gate, *g_out;
+  float *in, *gate, *out, *out_transposed;  // (P, P)
+  float *g_in, *g_gate, *g_out;             // (P, P)
+  float *pixels, *x, *e, *z, *slope, *d, *y;
+
+  static int64_t size(int64_t image, int64_t n, int64_t p) { return image + 6 * n * p + 7 * p * p; }
+
+  Inner(Scratch& scratch, at::TensorList weights, int64_t h, bool l2, int64_t image, int64_t n, int64_t p)
+      : gated(weights.size() == 3), l2(l2), pixels(scratch.take(image)) {
+    for (float** block : {&x, &e, &z, &slope, &d, &y}) *block = scratch.take(n * p);
+    for (float** matrix : {&in, &gate, &out, &out_transposed, &g_in, &g_gate, &g_out}) *matrix = scratch.take(p * p);
+    for (float* sum : {g_in, g_gate, g_out}) std::fill_n(sum, p * p, 0.0f);
+    pack(weights.front(), h, p, false, in);
+    if (gated) pack(weights[1], h, p, false, gate);
+    pack(weights.back(), h, p, false, out);
+    pack(weights.back(), h, p, true, out_transposed);
+  }
 };
 
-// Adds the gradients of a block's k (n, P) and v (n, P), which is overwritten; z, slope, d and y have n·P.
-void step(const Inner& m, int64_t n, int64_t p, const float* k, float* v, float* z, float* slope, float* d, float* y) {
+// Adds the gradients of a block's k and v, (n, P) in m.x and m.e.
+void step(const Inner& m, int64_t n, int64_t p) {
   const int64_t size = n * p;
-  times(n, p, k, m.in, z);
-  silu(size, z, slope);
-  float* hidden = z;
+  times(n, p, m.x, m.in, m.z);
+  silu(size, m.z, m.slope);
+  float* hidden = m.z;
   if (m.gated) {
-    times(n, p, k, m.gate, y);
-    multiply(size, y, slope, slope);
-    hidden = y;  // after S ⊙ Y below; Y itself is not needed any more
-    multiply(size, z, y, y);
+    times(n, p, m.x, m.gate, m.y);
+    multiply(size, m.y, m.slope, m.slope);
+    hidden = m.y;  // after S ⊙ Y below; Y itself is not needed any more
+    multiply(size, m.z, m.y, m.y);
   }
   if (m.l2) {
-    times(n, p, hidden, m.out, d);
-    for (int64_t i = 0; i < size; i += LANES) at(v + i) = at(d + i) - at(v + i);
+    times(n, p, hidden, m.out, m.d);
+    for (int64_t i = 0; i < size; i += LANES) at(m.e + i) = at(m.d + i) - at(m.e + i);
   } else {
-    for (int64_t i = 0; i < size; i += LANES) at(v + i) = -at(v + i);
+    for (int64_t i = 0; i < size; i += LANES) at(m.e + i) = -at(m.e + i);
   }
-  collect(n, p, hidden, v, m.g_out);
-  times(n, p, v, m.out_transposed, d);
+  collect(n, p, hidden, m.e, m.g_out);
+  times(n, p, m.e, m.out_transposed, m.d);
   if (m.gated) {
-    multiply(size, d, z, z);
-    collect(n, p, k, z, m.g_gate);
+    multiply(size, m.d, m.z, m.z);
+    collect(n, p, m.x, m.z, m.g_gate);
   }
-  multiply(size, d, slope, slope);
-  collect(n, p, k, slope, m.g_in);
+  multiply(size, m.d, m.slope, m.slope);
+  collect(n, p, m.x, m.slope, m.g_in);
+}
+
+// Adds the gradients of some blocks of a head's keys and values.
+template <typename T>
+void learn_blocks(
+    const Inner& m, Tokens<T> k, Tokens<T> v, const Block* block, const Block* end, const Grid& grid, int64_t d, int64_t p,
+    const Lens& lens) {
+  for (; block != end; ++block) {
+    const int64_t rows = padded(block->count), rest = (rows - block->count) * p;
+    see(k, *block, grid, d, p, lens, m.pixels, m.x);
+    copy(v, block->start, block->count, d, p, nullptr, m.e);
+    std::fill_n(m.x + block->count * p, rest, 0.0f);  // tokens of zeros add nothing
+    std::fill_n(m.e + block->count * p, rest, 0.0f);
+    step(m, rows, p);
+  }
 }
 
 // k, v (B, N, H, D), norm (B, 2, H, D), taps of a convolution, weights (H, D, D) each -> G, (M, B, H, D, D).
@@ -427,41 +489,24 @@ Tensor learn(
     int64_t height, int64_t width, int64_t first, bool l2) {
   const int64_t batch = k.size(0), tokens = k.size(1), heads = k.size(2), d = k.size(3), p = padded(d);
   const int64_t matrices = weights.size();
-  const bool gated = matrices == 3;
   const Grid grid{height, width, first};
   const Plan plan(blocks_of(tokens, grid, !taps.empty()), batch * heads);
   const int64_t n = largest(plan.blocks), image = image_size(plan.blocks, grid, p);
   Tensor sums = at::empty({matrices, batch, heads, plan.parts, d, d}, k.options().dtype(at::kFloat));
   float* out = sums.data_ptr<float>();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, k.scalar_type(), "learn", [&] {
-    plan.run(image + 6 * n * p + 7 * p * p + 12 * p, [&](Scratch& scratch, int64_t head, int64_t part) {
+    plan.run(Inner::size(image, n, p) + 12 * p, [&](Scratch& scratch, int64_t head, int64_t part) {
       const int64_t b = head / heads, h = head % heads;
-      const Tokens<scalar_t> keys(k, b, h), values(v, b, h);
-      float *pixels = scratch.take(image), *x = scratch.take(n * p), *e = scratch.take(n * p), *z = scratch.take(n * p);
-      float *slope = scratch.take(n * p), *back = scratch.take(n * p), *y = scratch.take(n * p);
-      Inner m{gated, l2};
-      for (float** matrix : {&m.in, &m.gate, &m.out, &m.out_transposed, &m.g_in, &m.g_gate, &m.g_out})
-        *matrix = scratch.take(p * p);
-      for (float* sum : {m.g_in, m.g_gate, m.g_out}) std::fill_n(sum, p * p, 0.0f);
-      pack(weights[0], h, p, false, m.in);
-      if (gated) pack(weights[1], h, p, false, m.gate);
-      pack(weights[matrices - 1], h, p, false, m.out);
-      pack(weights[matrices - 1], h, p, true, m.out_transposed);
+      const Inner m(scratch, weights, h, l2, image, n, p);
       float *affine = scratch.take(2 * p), *kernel = scratch.take(10 * p);
       if (norm)
         for (int64_t i = 0; i < 2; ++i)
           std::copy_n(norm->const_data_ptr<float>() + ((b * 2 + i) * heads + h) * d, d, affine + i * p);
       if (!taps.empty()) pack_taps(taps[0], taps[1], h, d, p, kernel);
-      for (int64_t i = plan.begin(part); i < plan.begin(part + 1); ++i) {
-        const Block& block = plan.blocks[i];
-        const int64_t rows = padded(block.count), rest = (rows - block.count) * p;
-        see(keys, block, grid, d, p, {norm ? affine : nullptr, kernel}, pixels, x);
-        copy(values, block.start, block.count, d, p, nullptr, e);
-        std::fill_n(x + block.count * p, rest, 0.0f);  // tokens of zeros add nothing
-        std::fill_n(e + block.count * p, rest, 0.0f);
-        step(m, rows, p, x, e, z, slope, back, y);
-      }
-      const float* found[] = {m.g_in, gated ? m.g_gate : m.g_out, m.g_out};
+      learn_blocks<scalar_t>(
+          m, {k, b, h}, {v, b, h}, plan.begin_of(part), plan.begin_of(part + 1), grid, d, p,
+          {norm ? affine : nullptr, kernel});
+      const float* found[] = {m.g_in, m.gated ? m.g_gate : m.g_out, m.g_out};
       for (int64_t i = 0; i < matrices; ++i) {
         float* to = out + ((i * plan.heads + head) * plan.parts + part) * d * d;
         for (int64_t row = 0; row < d; ++row) std::copy_n(found[i] + row * p, d, to + row * d);
@@ -472,6 +517,25 @@ Tensor learn(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------- answer
+
+// o of some blocks of a head's queries, written where `to` and its stride say; `gates` is null without a gate. `pixels`, x, z and
+// y are room for a block and all that is made of it.
+template <typename T>
+void answer_blocks(
+    Tokens<T> q, T* to, int64_t stride, const Block* block, const Block* end, const Grid& grid, int64_t d, int64_t p,
+    const float* taps, const float* in, const float* gates, const float* back, float* pixels, float* x, float* z, float* y) {
+  for (; block != end; ++block) {
+    const int64_t rows = padded(block->count);
+    see(q, *block, grid, d, p, {nullptr, taps}, pixels, x);
+    times(rows, p, x, in, z);
+    if (gates) times(rows, p, x, gates, y);
+    gate(rows * p, z, gates ? y : nullptr);
+    times(rows, p, z, back, x);
+    T* row = to + block->start * stride;
+    for (int64_t t = 0; t < block->count; ++t, row += stride)
+      for (int64_t j = 0; j < d; ++j) row[j] = static_cast<T>(x[t * p + j]);
+  }
+}
 
 // q (B, N, H, D), taps of a convolution, fitted weights (B, H, D, D) each -> o (B, N, H, D) in q's type.
 Tensor answer(
@@ -485,28 +549,92 @@ Tensor answer(
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "answer", [&] {
     plan.run(image + 3 * n * p + 3 * p * p + 10 * p, [&](Scratch& scratch, int64_t head, int64_t part) {
       const int64_t b = head / heads, h = head % heads;
-      const Tokens<scalar_t> queries(q, b, h);
       float *pixels = scratch.take(image), *x = scratch.take(n * p), *z = scratch.take(n * p), *y = scratch.take(n * p);
       float *in = scratch.take(p * p), *gates = scratch.take(p * p), *back = scratch.take(p * p), *kernel = scratch.take(10 * p);
-      pack(weights[0], head, p, false, in);
+      pack(weights.front(), head, p, false, in);
       if (gated) pack(weights[1], head, p, false, gates);
-      pack(weights[gated ? 2 : 1], head, p, false, back);
+      pack(weights.back(), head, p, false, back);
       if (!taps.empty()) pack_taps(taps[0], taps[1], h, d, p, kernel);
-      for (int64_t i = plan.begin(part); i < plan.begin(part + 1); ++i) {
-        const Block& block = plan.blocks[i];
-        const int64_t rows = padded(block.count);
-        see(queries, block, grid, d, p, {nullptr, kernel}, pixels, x);
-        times(rows, p, x, in, z);
-        if (gated) times(rows, p, x, gates, y);
-        gate(rows * p, z, gated ? y : nullptr);
-        times(rows, p, z, back, x);
-        scalar_t* to = out.data_ptr<scalar_t>() + ((b * tokens + block.start) * heads + h) * d;
-        for (int64_t t = 0; t < block.count; ++t)
-          for (int64_t j = 0; j < d; ++j) to[t * heads * d + j] = static_cast<scalar_t>(x[t * p + j]);
-      }
+      answer_blocks<scalar_t>(
+          {q, b, h}, out.data_ptr<scalar_t>() + (b * tokens * heads + h) * d, heads * d, plan.begin_of(part),
+          plan.begin_of(part + 1), grid, d, p, kernel, in, gated ? gates : nullptr, back, pixels, x, z, y);
     });
   });
   return out;
+}
+
+// --------------------------------------------------------------------------------------------------------------------- aligned
+
+// The kernel of x + DWC(x).
+void pack_residual(const Tensor& weight, const Tensor& bias, int64_t h, int64_t d, int64_t p, float* out) {
+  pack_taps(weight, bias, h, d, p, out);
+  for (int64_t i = 0; i < d; ++i) out[4 * p + i] += 1.0f;
+}
+
+// w (P, P) <- w - c·g
+void descend(int64_t p, float c, const float* g, float* w) {
+  for (int64_t i = 0; i < p * p; i += LANES) at(w + i) -= c * at(g + i);
+}
+
+// q, k, v (B, N, H, D), the queries' and the keys' convolutions, weights (H, D, D) each -> o (B, N, H, D), where every head is one
+// thread's.
+Tensor by_head(
+    const Tensor& q, const Tensor& k, const Tensor& v, at::TensorList convolutions, at::TensorList weights,
+    std::optional<double> eps, bool l2, const Grid& grid, const Plan& plan) {
+  const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), d = q.size(3), p = padded(d);
+  const int64_t n = largest(plan.blocks), image = image_size(plan.blocks, grid, p);
+  const Block *begin = plan.blocks.data(), *end = begin + plan.blocks.size();
+  const float c = 1.0f / (std::sqrt(static_cast<float>(d)) * tokens);
+  Tensor out = at::empty({batch, tokens, heads, d}, q.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "aligned", [&] {
+    plan.run(Inner::size(image, n, p) + (22 + FEW + 2) * p, [&](Scratch& scratch, int64_t head, int64_t) {
+      const int64_t b = head / heads, h = head % heads;
+      const Tokens<scalar_t> queries(q, b, h), keys(k, b, h), values(v, b, h);
+      const Inner m(scratch, weights, h, l2, image, n, p);
+      float *norm = scratch.take(2 * p), *q_kernel = scratch.take(10 * p), *k_kernel = scratch.take(10 * p);
+      if (eps) affine(moments(keys, 0, tokens, d, scratch), *eps, d, norm, norm + p);
+      if (!convolutions.empty()) {
+        pack_residual(convolutions[0], convolutions[1], h, d, p, q_kernel);
+        pack_residual(convolutions[2], convolutions[3], h, d, p, k_kernel);
+      }
+      learn_blocks(m, keys, values, begin, end, grid, d, p, {eps ? norm : nullptr, k_kernel});
+      descend(p, c, m.g_in, m.in);
+      if (m.gated) descend(p, c, m.g_gate, m.gate);
+      descend(p, c, m.g_out, m.out);
+      answer_blocks(
+          queries, out.data_ptr<scalar_t>() + (b * tokens * heads + h) * d, heads * d, begin, end, grid, d, p, q_kernel, m.in,
+          m.gated ? m.gate : nullptr, m.out, m.pixels, m.x, m.z, m.y);
+    });
+  });
+  return out;
+}
+
+// The same, a part of a head a thread, one of the three after the other.
+Tensor by_part(
+    const Tensor& q, const Tensor& k, const Tensor& v, at::TensorList convolutions, at::TensorList weights,
+    std::optional<double> eps, bool l2, const Grid& grid) {
+  std::vector<Tensor> kernels;  // of x + DWC(x)
+  for (const Tensor& x : convolutions) kernels.push_back(x.to(at::kFloat, false, x.dim() == 4));
+  for (Tensor& x : kernels)
+    if (x.dim() == 4) x.select(2, 1).select(2, 1).add_(1);
+  const at::TensorList taps(kernels);
+  const size_t half = taps.size() / 2;
+  std::optional<Tensor> norm;
+  if (eps) norm = statistics(k, *eps);
+  const Tensor sums = learn(k, v, norm, taps.slice(half), weights, grid.height, grid.width, grid.first, l2);
+  const double c = 1.0 / (std::sqrt(static_cast<double>(q.size(3))) * q.size(1));
+  std::vector<Tensor> fitted;
+  for (size_t i = 0; i < weights.size(); ++i) fitted.push_back(weights[i].to(at::kFloat).sub(sums.select(0, i), c).contiguous());
+  return answer(q, taps.slice(0, half), fitted, grid.height, grid.width, grid.first);
+}
+
+Tensor aligned(
+    const Tensor& q, const Tensor& k, const Tensor& v, at::TensorList convolutions, at::TensorList weights,
+    std::optional<double> eps, int64_t height, int64_t width, int64_t first, bool l2) {
+  const Grid grid{height, width, first};
+  const Plan plan(blocks_of(q.size(1), grid, !convolutions.empty()), q.size(0) * q.size(2));
+  if (plan.parts > 1) return by_part(q, k, v, convolutions, weights, eps, l2, grid);
+  return by_head(q, k, v, convolutions, weights, eps, l2, grid, plan);
 }
 
 // --------------------------------------------------------------------------------------------------------------------- windows
@@ -524,8 +652,13 @@ struct Run {
   int64_t count;
 };
 
+// What a softmax's shares were divided by: their sum, of scores below their greatest.
+struct Weight {
+  float top, sum;
+};
+
 // Scores to shares of one, in place; there is room for whole vectors.
-void share(int64_t count, float* scores) {
+Weight share(int64_t count, float* scores) {
   std::fill(scores + count, scores + padded(count), -1e30f);
   Vector most = at(scores), sum = {};
   for (int64_t i = LANES; i < count; i += LANES) most = at(scores + i) > most ? at(scores + i) : most;
@@ -533,6 +666,15 @@ void share(int64_t count, float* scores) {
   for (int64_t i = 0; i < count; i += LANES) sum += at(scores + i) = exponential(at(scores + i) - top);
   const float all = total(sum);
   for (int64_t i = 0; i < count; i += LANES) at(scores + i) /= all;
+  return {top, all};
+}
+
+// o (P) <- softmax attention to all that `o` and `more` have attended to, whose weights are `of` and `other`; the weight of all.
+Weight join(int64_t p, Weight of, Weight other, const float* more, float* o) {
+  const float top = std::max(of.top, other.top);
+  const float own = of.sum * std::exp(of.top - top), its = other.sum * std::exp(other.top - top), all = own + its;
+  for (int64_t i = 0; i < p; i += LANES) at(o + i) = at(o + i) * (own / all) + at(more + i) * (its / all);
+  return {top, all};
 }
 
 // x and y in turns, `STEP` lanes each: what their sums over pairs of such groups are, in one vector.
@@ -549,7 +691,7 @@ inline Vector fold(Vector x, Vector y) {
 
 // o (P) = softmax(q·kᵀ)·v over all runs. COLUMNS is P in vectors where that is known, else 0.
 template <int64_t COLUMNS>
-void attend(const std::vector<Run>& runs, int64_t p, const float* q, float* scores, float* o) {
+Weight attend(const std::vector<Run>& runs, int64_t p, const float* q, float* scores, float* o) {
   constexpr int64_t AT_ONCE = COLUMNS ? COLUMNS : 1;
   const int64_t columns = COLUMNS ? COLUMNS : p / LANES;
   Vector own[AT_ONCE];
@@ -572,7 +714,7 @@ void attend(const std::vector<Run>& runs, int64_t p, const float* q, float* scor
     }
     for (; k < end; k += p) *score++ = total(product(k));
   }
-  share(score - scores, scores);
+  const Weight weight = share(score - scores, scores);
   for (int64_t first = 0; first < columns; first += AT_ONCE) {
     Vector sum[AT_ONCE] = {};
     score = scores;
@@ -582,9 +724,10 @@ void attend(const std::vector<Run>& runs, int64_t p, const float* q, float* scor
         for (int64_t i = 0; i < AT_ONCE; ++i) sum[i] += *score * at(v + i * LANES);
     for (int64_t i = 0; i < AT_ONCE; ++i) at(o + (first + i) * LANES) = sum[i];
   }
+  return weight;
 }
 
-using Attend = void (*)(const std::vector<Run>&, int64_t, const float*, float*, float*);
+using Attend = Weight (*)(const std::vector<Run>&, int64_t, const float*, float*, float*);
 
 Attend attend_for(int64_t p) {
   switch (p / LANES) {
@@ -596,51 +739,153 @@ Attend attend_for(int64_t p) {
   }
 }
 
+// One head's keys and values (M tokens), the grid's from token `first` on, and room for what a query sees of them.
+template <typename T>
+struct Seen {
+  Tokens<T> keys, values;
+  Grid grid;
+  Side tall, wide;
+  int64_t tokens, d, p;
+  float *x, *k, *v, *scores, *o;  // (n, P); (seen, P); as many as are seen; (P)
+  Attend attend;
+
+  static int64_t off(const Tensor& k, const Grid& grid) { return k.size(1) - grid.height * grid.width; }
+  static int64_t rows(const Grid& grid, int64_t window) {
+    return window ? (std::max<int64_t>(1, TOKENS / grid.width) + std::min(window, grid.height)) * grid.width : 0;
+  }
+  static int64_t seen(const Tensor& k, const Grid& grid, int64_t window) {
+    return padded(std::max(TOKENS, rows(grid, window) + off(k, grid)));
+  }
+  static int64_t size(const Tensor& k, const Grid& grid, int64_t window, int64_t n) {
+    const int64_t p = padded(k.size(3)), most = seen(k, grid, window);
+    return n * p + 2 * most * p + most + p;
+  }
+
+  Seen(Scratch& scratch, const Tensor& k_, const Tensor& v_, int64_t b, int64_t h, const Grid& grid, int64_t window, int64_t n)
+      : keys(k_, b, h), values(v_, b, h), grid(grid), tall(grid.height, window), wide(grid.width, window), tokens(k_.size(1)),
+        d(k_.size(3)), p(padded(d)), attend(attend_for(p)) {
+    const int64_t most = seen(k_, grid, window);
+    x = scratch.take(n * p), k = scratch.take(most * p), v = scratch.take(most * p);
+    scores = scratch.take(most), o = scratch.take(p);
+  }
+
+  void read(int64_t start, int64_t count, int64_t to) const {
+    copy(keys, start, count, d, p, nullptr, k + to * p);
+    copy(values, start, count, d, p, nullptr, v + to * p);
+  }
+
+  // x (count, P) <- the queries from `start` on, scaled.
+  void ask(Tokens<T> q, int64_t start, int64_t count) const {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+    copy(q, start, count, d, p, nullptr, x);
+    for (int64_t i = 0; i < count * p; i += LANES) at(x + i) *= scale;
+  }
+
+  // put(t, o) for the grid's tokens t of some blocks: softmax attention of q (h·w) to a full window and to every token off the grid.
+  template <typename F>
+  void windows(Tokens<T> q, const Block* block, const Block* end, const F& put) const {
+    const int64_t all = grid.height * grid.width, behind = grid.first + all, off = tokens - all;
+    read(0, grid.first, 0);  // those off the grid come first
+    read(behind, tokens - behind, grid.first);
+    std::vector<Run> runs(tall.size + 1, Run{k, v, off});  // the last stays
+    for (; block != end; ++block) {
+      const int64_t top = tall.start(block->top), bottom = tall.start(block->top + block->rows - 1) + tall.size;
+      ask(q, block->start, block->count);
+      read(grid.first + top * grid.width, (bottom - top) * grid.width, off);
+      for (int64_t t = 0; t < block->count; ++t) {
+        const int64_t corner =
+            off + (tall.start(block->top + t / grid.width) - top) * grid.width + wide.start(t % grid.width);
+        for (int64_t row = 0; row < tall.size; ++row) {
+          const int64_t from = (corner + row * grid.width) * p;
+          runs[row] = {k + from, v + from, wide.size};
+        }
+        attend(runs, p, x + t * p, scores, o);
+        put(block->start + t, o);
+      }
+    }
+  }
+
+  // put(t, o) for every step-th token off the grid, from the first-th on: softmax attention of q (N) to all tokens.
+  template <typename F>
+  void exact(Tokens<T> q, int64_t first, int64_t step, const F& put) const {
+    const int64_t all = grid.height * grid.width;
+    std::vector<int64_t> asking;
+    for (int64_t i = first; i < tokens - all; i += step) asking.push_back(i < grid.first ? i : all + i);
+    std::vector<float> answers(asking.size() * p);
+    std::vector<Weight> weights(asking.size());
+    std::vector<Run> run(1);
+    for (int64_t start = 0; start < tokens && !asking.empty(); start += TOKENS) {
+      run[0] = {k, v, std::min(TOKENS, tokens - start)};
+      read(start, run[0].count, 0);
+      for (size_t i = 0; i < asking.size(); ++i) {
+        ask(q, asking[i], 1);
+        const Weight found = attend(run, p, x, scores, start ? o : answers.data() + i * p);
+        weights[i] = start ? join(p, weights[i], found, o, answers.data() + i * p) : found;
+      }
+    }
+    for (size_t i = 0; i < asking.size(); ++i) put(asking[i], answers.data() + i * p);
+  }
+};
+
 // q (B, h·w, H, D), k and v (B, M, H, D) with the grid from token `first` on -> o (B, h·w, H, D): softmax attention to a full
 // window of the grid and to every token off the grid.
 Tensor windows(
     const Tensor& q, const Tensor& k, const Tensor& v, int64_t height, int64_t width, int64_t window, int64_t first) {
-  const int64_t batch = q.size(0), heads = q.size(2), d = q.size(3), p = padded(d);
-  const int64_t grid = height * width, off = k.size(1) - grid;
-  const Side tall(height, window), wide(width, window);
-  const Plan plan(blocks_of(grid, {height, width, 0}, true), batch * heads);
-  const int64_t n = largest(plan.blocks), rows = std::max<int64_t>(1, TOKENS / width) + tall.size;
-  const int64_t seen = (rows * width + off) * p, all = padded(tall.size * wide.size + off);
-  const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-  const Attend work = attend_for(p);
-  Tensor out = at::empty({batch, grid, heads, d}, q.options());
+  const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), d = q.size(3);
+  const Grid grid{height, width, first};
+  const Plan plan(blocks_of(tokens, {height, width, 0}, true), batch * heads);
+  const int64_t n = largest(plan.blocks);
+  Tensor out = at::empty({batch, tokens, heads, d}, q.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "windows", [&] {
-    plan.run(n * p + 2 * seen + all + p, [&](Scratch& scratch, int64_t head, int64_t part) {
+    plan.run(Seen<scalar_t>::size(k, grid, window, n), [&](Scratch& scratch, int64_t head, int64_t part) {
       const int64_t b = head / heads, h = head % heads;
-      const Tokens<scalar_t> queries(q, b, h), keys(k, b, h), values(v, b, h);
-      float *x = scratch.take(n * p), *near_k = scratch.take(seen), *near_v = scratch.take(seen);
-      float *scores = scratch.take(all), *o = scratch.take(p);
-      const int64_t behind = first + grid;
-      for (auto [from, to] : {std::pair(keys, near_k), std::pair(values, near_v)}) {  // those off the grid come first
-        copy(from, 0, first, d, p, nullptr, to);
-        copy(from, behind, off - first, d, p, nullptr, to + first * p);
-      }
-      float *grid_k = near_k + off * p, *grid_v = near_v + off * p;
-      std::vector<Run> runs(tall.size + 1, Run{near_k, near_v, off});  // the last stays
-      for (int64_t i = plan.begin(part); i < plan.begin(part + 1); ++i) {
-        const Block& block = plan.blocks[i];
-        const int64_t top = tall.start(block.top), bottom = tall.start(block.top + block.rows - 1) + tall.size;
-        copy(queries, block.start, block.count, d, p, nullptr, x);
-        copy(keys, first + top * width, (bottom - top) * width, d, p, nullptr, grid_k);
-        copy(values, first + top * width, (bottom - top) * width, d, p, nullptr, grid_v);
-        for (int64_t t = 0; t < block.count; ++t) {
-          float* own = x + t * p;
-          for (int64_t j = 0; j < p; j += LANES) at(own + j) *= scale;
-          const int64_t corner = (tall.start(block.top + t / width) - top) * width + wide.start(t % width);
-          for (int64_t row = 0; row < tall.size; ++row) {
-            const int64_t from = (corner + row * width) * p;
-            runs[row] = {grid_k + from, grid_v + from, wide.size};
+      const Seen<scalar_t> seen(scratch, k, v, b, h, grid, window, n);
+      scalar_t* to = out.data_ptr<scalar_t>() + (b * tokens * heads + h) * d;
+      seen.windows({q, b, h}, plan.begin_of(part), plan.begin_of(part + 1), [&](int64_t t, const float* o) {
+        for (int64_t j = 0; j < d; ++j) to[t * heads * d + j] = static_cast<scalar_t>(o[j]);
+      });
+    });
+  });
+  return out;
+}
+
+// o (B, N, H, D) of a mixer's answers and q, k, v of the same shape: on the grid (1 - m)·mixed + m·windows with a share m (H,) for
+// each head, and the mixer's where `window` is 0; off it softmax attention to all, or the mixer's where that is not `exact`.
+Tensor joined(
+    const Tensor& mixed, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mix, int64_t height,
+    int64_t width, int64_t first, int64_t window, bool exact) {
+  const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), d = q.size(3);
+  const Grid grid{height, width, first};
+  const Plan plan(blocks_of(height * width, {height, width, 0}, true), batch * heads);
+  const int64_t n = largest(plan.blocks), behind = first + height * width;
+  Tensor out = at::empty({batch, tokens, heads, d}, q.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "joined", [&] {
+    plan.run(Seen<scalar_t>::size(k, grid, window, n), [&](Scratch& scratch, int64_t head, int64_t part) {
+      const int64_t b = head / heads, h = head % heads;
+      const float share = mix ? mix->const_data_ptr<float>()[h] : 0.5f;
+      const Tokens<scalar_t> queries(q, b, h), answers(mixed, b, h);
+      const Seen<scalar_t> seen(scratch, k, v, b, h, grid, window, n);
+      scalar_t* to = out.data_ptr<scalar_t>() + (b * tokens * heads + h) * d;
+      const Block *begin = plan.begin_of(part), *end = plan.begin_of(part + 1);
+      const auto keep = [&](int64_t start, int64_t stop) {
+        for (int64_t t = start; t < stop; ++t) std::copy_n(answers.data + t * answers.stride, d, to + t * heads * d);
+      };
+      if (window)
+        seen.windows(queries.from(first), begin, end, [&](int64_t t, const float* o) {
+          const scalar_t* other = answers.data + (first + t) * answers.stride;
+          for (int64_t j = 0; j < d; ++j) {
+            const float mixers = static_cast<float>(other[j]);
+            to[(first + t) * heads * d + j] = static_cast<scalar_t>(mixers + share * (o[j] - mixers));
           }
-          work(runs, p, own, scores, o);
-          scalar_t* to = out.data_ptr<scalar_t>() + ((b * grid + block.start + t) * heads + h) * d;
-          for (int64_t j = 0; j < d; ++j) to[j] = static_cast<scalar_t>(o[j]);
-        }
-      }
+        });
+      else
+        for (const Block* block = begin; block != end; ++block) keep(first + block->start, first + block->start + block->count);
+      if (exact)
+        seen.exact(queries, part, plan.parts, [&](int64_t t, const float* o) {
+          for (int64_t j = 0; j < d; ++j) to[t * heads * d + j] = static_cast<scalar_t>(o[j]);
+        });
+      else if (part == 0)
+        keep(0, first), keep(behind, tokens);
     });
   });
   return out;
@@ -654,7 +899,13 @@ TORCH_LIBRARY_FRAGMENT(lineate, library) {
       "cpu_learn(Tensor k, Tensor v, Tensor? norm, Tensor[] taps, Tensor[] weights, SymInt height, SymInt width, SymInt first, "
       "bool l2) -> Tensor");
   library.def(
+      "cpu_aligned(Tensor q, Tensor k, Tensor v, Tensor[] convolutions, Tensor[] weights, float? eps, SymInt height, SymInt width, "
+      "SymInt first, bool l2) -> Tensor");
+  library.def(
       "cpu_windows(Tensor q, Tensor k, Tensor v, SymInt height, SymInt width, SymInt window, SymInt first) -> Tensor");
+  library.def(
+      "cpu_joined(Tensor mixed, Tensor q, Tensor k, Tensor v, Tensor? mix, SymInt height, SymInt width, SymInt first, "
+      "SymInt window, bool exact) -> Tensor");
   library.def("cpu_answer(Tensor q, Tensor[] taps, Tensor[] weights, SymInt height, SymInt width, SymInt first) -> Tensor");
 }
 
@@ -662,5 +913,7 @@ TORCH_LIBRARY_IMPL(lineate, CPU, library) {
   library.impl("cpu_statistics", statistics);
   library.impl("cpu_learn", learn);
   library.impl("cpu_answer", answer);
+  library.impl("cpu_aligned", aligned);
   library.impl("cpu_windows", windows);
+  library.impl("cpu_joined", joined);
 }

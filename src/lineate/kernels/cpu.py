@@ -26,6 +26,7 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("aligned_cpu.cpp")
 MODELS = ("2layer", "swiglu")
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEW = 32  # queries that are answered one after the other
 # The compiler's name for what PyTorch found the processor to have; elsewhere its own default is good.
 ARCHITECTURES = {"AVX512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"]}
 
@@ -48,7 +49,9 @@ SHAPES: dict[str, Callable[..., Tensor]] = {
     "cpu_statistics": _statistics_of,
     "cpu_learn": _sums_of,
     "cpu_answer": _answers_of,
+    "cpu_aligned": _answers_of,
     "cpu_windows": _answers_of,
+    "cpu_joined": _answers_of,
 }
 
 
@@ -176,7 +179,39 @@ def answer(q: Tensor, taps: Sequence[Tensor], fitted: Sequence[Tensor], place: S
     return out
 
 
+def aligned(
+    q: Tensor, k: Tensor, v: Tensor, convolutions: Sequence[Tensor], weights: Sequence[Tensor], eps: float | None,
+    place: Sequence[int], l2: bool,
+) -> Tensor:  # fmt: skip
+    """o (B, N, H, D) of q, k, v, all three steps in one; `convolutions` are weight and bias of the queries', of the keys'."""
+    if not q.dtype == k.dtype == v.dtype:
+        return aligned(q.float(), k.float(), v.float(), convolutions, weights, eps, place, l2).to(q.dtype)
+    given = _tokens(q), _tokens(k), _tokens(v), _dense(convolutions), _dense(weights)
+    out: Tensor = torch.ops.lineate.cpu_aligned(*given, eps, *place, l2)
+    return out
+
+
 def windows(q: Tensor, k: Tensor, v: Tensor, place: Sequence[int]) -> Tensor:
     """o (B, h·w, H, D) of q on the grid, with k and v (B, M, H, D); `place` is the grid's height, width, window, first token."""
     out: Tensor = torch.ops.lineate.cpu_windows(_tokens(q), _tokens(k), _tokens(v), *place)
+    return out
+
+
+def joins(given: Sequence[Tensor], outside: int) -> bool:
+    """Whether `joined` takes these (mixed, q, k, v), `outside` of whose tokens are answered exactly, one by one."""
+    if torch.is_grad_enabled() or given[0].device.type != "cpu" or len({x.dtype for x in given}) > 1:
+        return False
+    return outside <= FEW and unfit(given) is None
+
+
+def joined(
+    mixed: Tensor, q: Tensor, k: Tensor, v: Tensor, mix: Tensor | None, place: Sequence[int], window: int, exact: bool
+) -> Tensor:
+    """o (B, N, H, D): the mixer's, with windows' mixed in on the grid and, with `exact`, softmax attention's off it.
+
+    `mix` (H,) is the windows' share, one half where it is None; `window` 0 is none; `place` is height, width and first token.
+    """
+    mix = None if mix is None else mix.float().contiguous()
+    given = _tokens(mixed), _tokens(q), _tokens(k), _tokens(v)
+    out: Tensor = torch.ops.lineate.cpu_joined(*given, mix, *place, window, exact)
     return out

@@ -9,7 +9,8 @@ residual in the centre tap, x + DWC(x) = DWC'(x). Half precision is computed in 
 differentiated by hand over the pieces, and within a piece by autograd, which goes through it once more: nothing is kept that
 grows with N but q, k and v themselves.
 
-Forward, each of the three may be a compiled kernel instead (`lineate.kernels.cpu`); backward is the same for both.
+Forward, each of the three may be a compiled kernel instead (`lineate.kernels.cpu`); backward is the same for both. Where nothing
+learns, one kernel does all three.
 
 Legend: B batch, H heads, N tokens, D head dim, C = H·D channels, h×w grid; n tokens of a piece, m tokens that it reads.
 """
@@ -263,4 +264,8 @@ def by_compiled_pieces(
     q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], convolutions: Sequence[Tensor] | None, setting: Setting
 ) -> Tensor:
     """As `by_pieces`, forward by the compiled kernels; `lineate.kernels.cpu.refusal` says what they cannot do."""
+    if not torch.is_grad_enabled():
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        l2 = setting.loss == "l2"
+        return cpu.aligned(q, k, v, convolutions or (), weights, setting.eps, setting[:3], l2).transpose(1, 2)
     return _aligned(True, q, k, v, weights, convolutions, setting)
