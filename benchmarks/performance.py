@@ -25,6 +25,14 @@ WANTED = {
     "cpu-t5-2layer-bf16": ("ViT-S/14 end to end, 2-layer, both in bf16, CPU", f"{_BENCH} --preset t5-2layer --precision bf16"),
     "cpu-t5-bf16": ("ViT-S/14 end to end, SwiGLU, both in bf16, CPU", f"{_BENCH} --preset t5 --precision bf16"),
     "cpu-t5-2layer-compiled": ("ViT-S/14 end to end, 2-layer, both compiled, CPU", f"{_BENCH} --preset t5-2layer --compile"),
+    **{
+        f"cpu-deit-s-{preset}{half}": (
+            f"DeiT-S at its own size, {model}{', both in bf16' if half else ''}, CPU",
+            f"{_HALF if half else 'lineate bench'} timm:deit_small_patch16_224 --preset {preset} --sizes 224",
+        )
+        for preset, model in {"t5-2layer": "2-layer", "t5": "SwiGLU", "t5-plus": "with the neighborhood branch"}.items()
+        for half in ("", "-bf16")
+    },
     "cpu-dit-xl": ("A step of DiT-XL/2, by the side of the latents, CPU", f"{_DIT} --sizes 32,64,128"),
     "exported": ("ViT-S/14 end to end, SwiGLU, both as ONNX graphs under onnxruntime, CPU", "python benchmarks/exported.py"),
     "gpu-ops": ("The operator, forward, GPU", f"{_GPU} --tokens 1024,4096,16384,65536"),
