@@ -35,6 +35,10 @@ WANTED = {
     },
     "cpu-dit-xl": ("A step of DiT-XL/2, by the side of the latents, CPU", f"{_DIT} --sizes 32,64,128"),
     "exported": ("ViT-S/14 end to end, SwiGLU, both as ONNX graphs under onnxruntime, CPU", "python benchmarks/exported.py"),
+    "exported-openvino": (
+        "ViT-S/14 end to end, SwiGLU, both as ONNX graphs under OpenVINO, CPU",
+        "python benchmarks/exported.py --runtime openvino",
+    ),
     "gpu-ops": ("The operator, forward, GPU", f"{_GPU} --tokens 1024,4096,16384,65536"),
     "gpu-ops-backward": ("The operator, forward and backward, GPU", f"{_GPU} --tokens 1024,4096,16384 --backward"),
     "gpu-dinov2-s": ("ViT-S/14 end to end, SwiGLU, GPU", f"{_HALF} embedded --sizes 224,448,1022,2044 --device cuda"),
@@ -101,8 +105,11 @@ def end_to_end(result: dict[str, Any]) -> list[str]:
 def exported(result: dict[str, Any]) -> list[str]:
     """One line for each picture size; neither graph uses kernels of ours."""
     errors = ", ".join(f"{name} {error:.0e}" for name, error in result["relative_error"].items())
+    runtime = " ".join(
+        f"{name} {result['environment'][name]}" for name in ("onnxruntime", "openvino") if name in result["environment"]
+    )
     lines = [
-        f"onnxruntime {result['environment']['onnxruntime']}, float32, batch 1. Relative error against the models: {errors}.",
+        f"{runtime}, float32, batch 1. Relative error against the models: {errors}.",
         "",
         "| px | original ms (IQR) | converted ms (IQR) | speed-up |",
         "| --- | --- | --- | --- |",
