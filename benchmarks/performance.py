@@ -105,9 +105,8 @@ def end_to_end(result: dict[str, Any]) -> list[str]:
 def exported(result: dict[str, Any]) -> list[str]:
     """One line for each picture size; neither graph uses kernels of ours."""
     errors = ", ".join(f"{name} {error:.0e}" for name, error in result["relative_error"].items())
-    runtime = " ".join(
-        f"{name} {result['environment'][name]}" for name in ("onnxruntime", "openvino") if name in result["environment"]
-    )
+    made = result["environment"]
+    runtime = f"OpenVINO {made['openvino']}" if "openvino" in made else f"onnxruntime {made['onnxruntime']}"
     lines = [
         f"{runtime}, float32, batch 1. Relative error against the models: {errors}.",
         "",
