@@ -4,8 +4,8 @@ python experiments/table6.py --scale small --data ../shared/data/cifar10 --threa
 python experiments/table6.py --scale full      prints the commands at the paper's size: DiT-XL/2, ImageNet, 50,000 pictures a row
 
 The small scale (generation.py) tunes each for 0.57 %, 2 % and 10 % of the host's steps; the paper's DiT⁵ has 0.57 %, LiT 20 %.
-The rate is constant, as the paper's; the host ended at a small one, so that this also undoes some of its training. Four rows, which
-are not the paper's, let it fall instead.
+The rate is constant, as the paper's; the host ended at a small one, so that this also undoes some of its training. Four rows,
+which are not the paper's, let it fall instead.
 Quoted by the paper from elsewhere, FID / IS: DiM-H 2.40, DiffuSSM-XL-G 2.28 / 259.1, ADM 10.94 / 101.0, LDM-4-G 3.60 / 247.7,
 SimpleDiff U-ViT 2.77 / 211.8, SiT-XL 2.06 / 277.5.
 """
