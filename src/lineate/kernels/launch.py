@@ -123,17 +123,19 @@ def options(kernel: str, dim: int, dtype: torch.dtype, gated: bool) -> dict[str,
     half = dtype != torch.float32
     hidden, count = slices(kernel, dim, half, gated)
     tile, warps = TILES[kernel][(dim > 64) + (dim > 96)]
+    if not half:  # twice as much to hold
+        tile, warps = 16 if dim > 80 and kernel == "key_gradients" else 32, 8
     precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     return {
         "D": dim,
         "CHUNKS": CHUNKS[dim],
         "HIDDEN": hidden,
         "SLICES": count,
-        "BT": tile if half else 32,
+        "BT": tile,
         "OP": tl.float16 if half else tl.float32,
         "GATED": gated,
         "FAST": half and not INTERPRETED,
-        "num_warps": warps if half else 8,
+        "num_warps": warps,
         "num_stages": 2 if kernel in SUMS and half else 1,
         **({} if INTERPRETED else {"default_dot_input_precision": precision}),
     }
