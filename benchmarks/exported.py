@@ -2,7 +2,7 @@
 
     python benchmarks/exported.py                                       the embedded ViT-S/14 and t5: results/exported.json
     python benchmarks/exported.py --preset t5-2layer --sizes 224,518 --out exported-2layer.json
-    python benchmarks/exported.py --runtime openvino --out exported-openvino.json    after pip install openvino
+    python benchmarks/exported.py --runtime openvino                    after pip install openvino: results/exported-openvino.json
 
 Both graphs are written by `lineate.export`, which checks them against the models first. Weights matter to no timing:
 where the embedded model is not installed, timm's architecture stands in with random ones, and the result says so. A minute or
@@ -28,7 +28,7 @@ from lineate.export import export
 from lineate.linearize import Pair, load_pair
 from lineate.settings import parse_sizes, read_settings
 
-RESULTS = Path(__file__).parent / "results" / "exported.json"
+RESULTS = Path(__file__).parent / "results"
 STAND_IN = "timm:vit_small_patch14_dinov2"
 
 
@@ -95,8 +95,13 @@ def main() -> None:
     parser.add_argument("--sizes", type=parse_sizes, default=parse_sizes("224,518,742,1022"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="default: results/exported.json, or exported-RUNTIME.json of another runtime")
     args = parser.parse_args()
+    try:
+        versions = {args.runtime: importlib.metadata.version(args.runtime), "threads": args.threads}
+    except importlib.metadata.PackageNotFoundError:
+        parser.error(f"{args.runtime} is not installed: pip install {args.runtime}")
+    out = args.out or RESULTS / ("exported.json" if args.runtime == "onnxruntime" else f"exported-{args.runtime}.json")
     models = pair(args.preset)
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / f"{name}.onnx" for name in ("original", "converted")}
@@ -110,11 +115,10 @@ def main() -> None:
         for size in args.sizes:
             rows.append(timings(graphs, size, args.repeats))
             print(*(f"{key} {value:.4g}" for key, value in rows[-1].items()), flush=True)
-    versions = {args.runtime: importlib.metadata.version(args.runtime), "threads": args.threads}
     command = ["benchmarks/exported.py", *runs.command_line()[1:]]
     about = {"source": models.source.name, "preset": args.preset, "command": command, "created": runs.now()}
     environment = runs.environment(torch.device("cpu")) | versions
-    runs.write_json(args.out, about | {"relative_error": agreement, "rows": rows, "environment": environment})
+    runs.write_json(out, about | {"relative_error": agreement, "rows": rows, "environment": environment})
 
 
 if __name__ == "__main__":
