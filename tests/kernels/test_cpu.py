@@ -234,9 +234,7 @@ def test_windows_that_learn_are_tiles(kernels: None) -> None:
 
 @pytest.mark.parametrize("outside", ["exact", "mixer"])
 @pytest.mark.parametrize("branch", [None, Neighborhood(window=5), Neighborhood(window=3, mix="learned")], ids=str)
-@pytest.mark.parametrize(
-    "layout", [TokenLayout(19, 31, 2, 3), TokenLayout(3, 5, 1), TokenLayout(1, 300, suffix=2), TokenLayout(4, 9)]
-)
+@pytest.mark.parametrize("layout", [LAYOUTS[0], TokenLayout(3, 5, 1), TokenLayout(1, 300, suffix=2), TokenLayout(4, 9)], ids=str)
 def test_branches_are_joined_by_a_kernel_as_without_it(
     kernels: None, threads: None, layout: TokenLayout, branch: Neighborhood | None, outside: Literal["exact", "mixer"],
     monkeypatch: pytest.MonkeyPatch,

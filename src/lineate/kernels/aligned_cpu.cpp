@@ -7,10 +7,10 @@
 //     aligned      all three, head by head: what lies between them stays in a core's cache, and one call does it
 //     windows      neighborhood attention;  joined  that beside a mixer's answers, and exact attention off the grid
 //
-// The equations are those of lineate/ops/ttt.py; lineate/ops/aligned_cpu.py calls the last where nothing learns, and otherwise the
-// three, which it differentiates. Everything is computed in fp32. A block is read out of the projection as it lies, with the grid's
-// rows above and below it, normed, and convolved with the residual in the centre tap. Work is shared by sample, head and part of
-// the blocks.
+// The equations are those of lineate/ops/ttt.py; lineate/ops/aligned_cpu.py calls `aligned` where nothing learns, and
+// otherwise the three, which it differentiates. Everything is computed in fp32. A block is read out of the projection as it lies,
+// with the grid's rows above and below it, normed, and convolved with the residual in the centre tap. Work is shared by sample,
+// head and part of the blocks.
 //
 // Legend: B batch, H heads, N tokens, D head dim, P = D rounded up to whole vectors (the rest are zeros), n tokens of a block.
 
@@ -235,6 +235,12 @@ void copy(Tokens<T> x, int64_t start, int64_t count, int64_t d, int64_t p, const
   }
 }
 
+// One token's d channels, rounded to the output's type.
+template <typename T>
+void write(const float* o, int64_t d, T* to) {
+  for (int64_t i = 0; i < d; ++i) to[i] = static_cast<T>(o[i]);
+}
+
 // A block's q̂ or k̂ into out (n, P). `image` has room for its rows and one more on each side, (rows + 2, width + 2, P), whose
 // border and padding are zeros.
 template <typename T>
@@ -295,7 +301,7 @@ int64_t image_size(const std::vector<Block>& blocks, const Grid& grid, int64_t p
   return rows ? (rows + 2) * (grid.width + 2) * p : 0;
 }
 
-// f(x, a pointer to x's numbers), whatever their type.
+// f(a pointer to x's numbers), whatever their type.
 template <typename F>
 void numbers_of(const Tensor& x, const F& f) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "numbers_of", [&] { f(x.const_data_ptr<scalar_t>()); });
@@ -532,8 +538,7 @@ void answer_blocks(
     gate(rows * p, z, gates ? y : nullptr);
     times(rows, p, z, back, x);
     T* row = to + block->start * stride;
-    for (int64_t t = 0; t < block->count; ++t, row += stride)
-      for (int64_t j = 0; j < d; ++j) row[j] = static_cast<T>(x[t * p + j]);
+    for (int64_t t = 0; t < block->count; ++t, row += stride) write(x + t * p, d, row);
   }
 }
 
@@ -842,7 +847,7 @@ Tensor windows(
       const Seen<scalar_t> seen(scratch, k, v, b, h, grid, window, n);
       scalar_t* to = out.data_ptr<scalar_t>() + (b * tokens * heads + h) * d;
       seen.windows({q, b, h}, plan.begin_of(part), plan.begin_of(part + 1), [&](int64_t t, const float* o) {
-        for (int64_t j = 0; j < d; ++j) to[t * heads * d + j] = static_cast<scalar_t>(o[j]);
+        write(o, d, to + t * heads * d);
       });
     });
   });
@@ -857,7 +862,7 @@ Tensor joined(
   const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), d = q.size(3);
   const Grid grid{height, width, first};
   const Plan plan(blocks_of(height * width, {height, width, 0}, true), batch * heads);
-  const int64_t n = largest(plan.blocks), behind = first + height * width;
+  const int64_t n = window ? largest(plan.blocks) : 1, behind = first + height * width;  // queries at once
   Tensor out = at::empty({batch, tokens, heads, d}, q.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "joined", [&] {
     plan.run(Seen<scalar_t>::size(k, grid, window, n), [&](Scratch& scratch, int64_t head, int64_t part) {
@@ -881,9 +886,7 @@ Tensor joined(
       else
         for (const Block* block = begin; block != end; ++block) keep(first + block->start, first + block->start + block->count);
       if (exact)
-        seen.exact(queries, part, plan.parts, [&](int64_t t, const float* o) {
-          for (int64_t j = 0; j < d; ++j) to[t * heads * d + j] = static_cast<scalar_t>(o[j]);
-        });
+        seen.exact(queries, part, plan.parts, [&](int64_t t, const float* o) { write(o, d, to + t * heads * d); });
       else if (part == 0)
         keep(0, first), keep(behind, tokens);
     });

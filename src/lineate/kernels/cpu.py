@@ -147,6 +147,11 @@ def unfit(tensors: Sequence[Tensor]) -> str | None:
     return why
 
 
+def plain(given: Sequence[Tensor]) -> bool:
+    """Whether these are tensors of one type on a CPU that kernels can take."""
+    return given[0].device.type == "cpu" and len({x.dtype for x in given}) == 1 and unfit(given) is None
+
+
 def _tokens(x: Tensor) -> Tensor:
     """x (B, N, H, D) as the kernels read it: any strides but the last."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -199,9 +204,7 @@ def windows(q: Tensor, k: Tensor, v: Tensor, place: Sequence[int]) -> Tensor:
 
 def joins(given: Sequence[Tensor], outside: int) -> bool:
     """Whether `joined` takes these (mixed, q, k, v), `outside` of whose tokens are answered exactly, one by one."""
-    if torch.is_grad_enabled() or given[0].device.type != "cpu" or len({x.dtype for x in given}) > 1:
-        return False
-    return outside <= FEW and unfit(given) is None
+    return not torch.is_grad_enabled() and outside <= FEW and plain(given)
 
 
 def joined(

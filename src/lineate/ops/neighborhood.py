@@ -58,7 +58,7 @@ def _compiled(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the compiled CPU kernels take these: of one type, and nothing is differentiated."""
     given = (q, k, v)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    return q.device.type == "cpu" and q.dtype == k.dtype == v.dtype and not learns and cpu.unfit(given) is None
+    return not learns and cpu.plain(given)
 
 
 def _windows(length: int, window: int, device: torch.device) -> Axis:
