@@ -15,8 +15,6 @@ from harness import Row, Run, Table, main
 
 BUDGETS = {"0.57 %": 0.0057, "2 %": 0.02, "10 %": 0.1}
 HALF = 'sites=["blocks.*[13579].attn"]'
-
-
 FALLING = "train.min_lr=1e-5"  # a cosine down to the host's last rate, where the paper's is constant
 
 
