@@ -30,7 +30,7 @@ from lineate.mixers import MIXERS, MixerConfig
 from lineate.mixers.base import Frozen
 from lineate.mixers.local import Window, attend_outside
 from lineate.mixers.ttt import TTT, TTTConfig
-from lineate.ops.aligned import aligned_ttt
+from lineate.ops.aligned import aligned_ttt, say
 from lineate.ops.depthwise import depthwise
 from lineate.ops.neighborhood import neighborhood_attention
 from lineate.ops.norm import KeyNorm, normalise_keys
@@ -91,8 +91,11 @@ class CoreAttention(nn.Module):
             self.v_conv = _depthwise(width)
         elif config.locality == "cpe":
             self.x_conv = _depthwise(channels or width)
-        if config.neighborhood is not None and config.neighborhood.mix == "learned":
-            self.mix_logit = nn.Parameter(torch.zeros(heads))
+        learned = config.neighborhood is not None and config.neighborhood.mix == "learned"
+        self.mix_logit = nn.Parameter(torch.zeros(heads)) if learned else None
+        # What a CPU's kernel takes whole, where the mixer is TTT and inputs allow it.
+        known = config.key_norm in ("instance", "none") and config.key_norm_scope == "all" and config.locality != "dwc-v"
+        self.simple = known and not config.qk_affine
 
     def embed(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """Give x + DWC(x) on the grid tokens of x (B, N, C) with locality "cpe"; x itself otherwise."""
@@ -108,7 +111,26 @@ class CoreAttention(nn.Module):
     ) -> Float[Tensor, "B H N D"]:
         """Scale and offset, key norm, locality, mixer, neighborhood branch; the module docstring has the equations."""
         layout.check(k.shape[-2])
-        return self._attend(q, k, v, layout)
+        whole = self._in_one(q, k, v, layout)
+        return self._attend(q, k, v, layout) if whole is None else whole
+
+    def _in_one(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor | None:
+        """All of it by one kernel, which a CPU has where nothing learns; else None."""
+        config, mixer, taps, (window, exact) = self.config, self.mixer, self._taps(), self._branches(layout)
+        if torch.is_grad_enabled() or q.device.type != "cpu" or not self.simple or not isinstance(mixer, TTT):
+            return None
+        fits = q.shape == k.shape == v.shape and not (exact and layout.prefix + layout.suffix > cpu.FEW)
+        if not fits or cpu.refusal((q, k, v, *mixer.weights, *taps), mixer.config.inner) is not None:
+            return None
+        if not torch.compiler.is_compiling():
+            say("one kernel of all", "this is a CPU with compiled kernels, and nothing learns")
+        eps, place = config.key_norm_eps if config.key_norm == "instance" else None, (layout.height, layout.width, layout.prefix)
+        return cpu.core(q, k, v, taps, mixer.weights, eps, place, mixer.config.loss == "l2", self.mix_logit, window, exact)
+
+    def _taps(self) -> list[Tensor]:
+        """Weight and bias of the queries' convolution and of the keys', where there are some."""
+        convolutions = (self.q_conv, self.k_conv) if self.config.locality == "dwc-qk" else ()
+        return [getattr(conv, name) for conv in convolutions for name in ("weight", "bias")]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
         mixed_q, mixed_k = q, k
@@ -127,10 +149,8 @@ class CoreAttention(nn.Module):
             parts = k.split((layout.prefix, layout.grid_tokens, layout.suffix), dim=-2)
             k, norm = torch.cat([normalise_keys(part, norm, eps) for part in parts if part.shape[-2]], dim=-2), "none"
         if isinstance(self.mixer, TTT) and norm in ("instance", "none"):
-            convs = (self.q_conv, self.k_conv) if local else ()
             return aligned_ttt(
-                q, k, v, self.mixer.weights, layout.height, layout.width, layout.prefix,
-                convolutions=[getattr(conv, name) for conv in convs for name in ("weight", "bias")] or None,
+                q, k, v, self.mixer.weights, layout.height, layout.width, layout.prefix, convolutions=self._taps() or None,
                 eps=eps if norm == "instance" else None, model=self.mixer.config.inner, loss=self.mixer.config.loss,
             )  # fmt: skip
         k = normalise_keys(k, norm, eps)
@@ -140,22 +160,26 @@ class CoreAttention(nn.Module):
         out: Tensor = self.mixer(q, k, v, layout)
         return out
 
+    def _branches(self, layout: TokenLayout) -> tuple[int, bool]:
+        """The neighborhood branch's window, or 0, and whether tokens off the grid are answered exactly."""
+        branch, outside = self.config.neighborhood, layout.prefix + layout.suffix
+        return 0 if branch is None else branch.window, self.config.outside == "exact" and outside > 0
+
     def _join(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
         """Mix neighborhood attention into the grid tokens, and answer the tokens outside exactly, where the config says so."""
-        branch, outside = self.config.neighborhood, layout.prefix + layout.suffix
-        exact = self.config.outside == "exact" and outside > 0
-        if branch is None and not exact:
+        (window, exact), outside = self._branches(layout), layout.prefix + layout.suffix
+        if not window and not exact:
             return out
-        mix = self.mix_logit.sigmoid() if branch is not None and branch.mix == "learned" else None
         if q.shape[-2] == layout.tokens and cpu.joins((out, q, k, v), outside if exact else 0):
-            place, window = (layout.height, layout.width, layout.prefix), 0 if branch is None else branch.window
+            place = (layout.height, layout.width, layout.prefix)
             mixed, of_q, of_k, of_v = (x.transpose(1, 2) for x in (out, q, k, v))
-            return cpu.joined(mixed, of_q, of_k, of_v, mix, place, window, exact).transpose(1, 2)
+            return cpu.joined(mixed, of_q, of_k, of_v, self.mix_logit, place, window, exact).transpose(1, 2)
         sizes = (layout.prefix, out.shape[-2] - outside, layout.suffix)
         first, grid, last = out.split(sizes, dim=-2)
-        if branch is not None:
-            near = self._near(q.split(sizes, dim=-2)[1], k, v, layout, branch.window)
-            grid = torch.lerp(grid, near.to(out.dtype), 0.5 if mix is None else mix.view(-1, 1, 1).to(out.dtype))
+        if window:
+            mix = 0.5 if self.mix_logit is None else self.mix_logit.sigmoid().view(-1, 1, 1).to(out.dtype)
+            near = self._near(q.split(sizes, dim=-2)[1], k, v, layout, window)
+            grid = torch.lerp(grid, near.to(out.dtype), mix)
         if exact:
             first, last = (x.to(out.dtype) for x in self._outside(q, k, v, layout))
         # Laid out as the host reads it: tokens before heads.

@@ -199,7 +199,7 @@ def test_a_compiler_keeps_the_kernels_at_any_size_in_one_graph(
             expected = by_compiled_pieces(*qkv.permute(2, 0, 3, 1, 4), parameters[:-4], parameters[-4:], setting)
             assert torch.equal(compiled(qkv, parameters, height, width), expected)
     (called,) = graphs
-    assert "lineate.cpu_aligned" in {str(target) for target in called}
+    assert "lineate.cpu_core" in {str(target) for target in called}
 
 
 # Windows of one row, as tall as the grid, cut by blocks; tokens before and behind; head dimensions of every number of vectors.
@@ -235,25 +235,40 @@ def test_windows_that_learn_are_tiles(kernels: None) -> None:
 @pytest.mark.parametrize("outside", ["exact", "mixer"])
 @pytest.mark.parametrize("branch", [None, Neighborhood(window=5), Neighborhood(window=3, mix="learned")], ids=str)
 @pytest.mark.parametrize("layout", [LAYOUTS[0], TokenLayout(3, 5, 1), TokenLayout(1, 300, suffix=2), TokenLayout(4, 9)], ids=str)
-def test_branches_are_joined_by_a_kernel_as_without_it(
+@pytest.mark.parametrize("affine", [False, True], ids=["in one", "mixer first"])
+def test_a_whole_core_is_one_kernel_and_other_mixers_are_joined_by_one(
     kernels: None, threads: None, layout: TokenLayout, branch: Neighborhood | None, outside: Literal["exact", "mixer"],
-    monkeypatch: pytest.MonkeyPatch,
+    affine: bool, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    core = CoreAttention(CoreConfig(neighborhood=branch, outside=outside), HEADS, 24)
-    if branch is not None and branch.mix == "learned":
+    core = CoreAttention(CoreConfig(neighborhood=branch, outside=outside, qk_affine=affine), HEADS, 24)
+    if core.mix_logit is not None:
         torch.nn.init.normal_(core.mix_logit)
     q, k, v = 2 * torch.randn(3, 2, HEADS, layout.tokens, 24)
-    called = []
-    monkeypatch.setattr(cpu, "joined", lambda *given, of=cpu.joined: called.append(given) or of(*given))
+    called: list[str] = []
+    monkeypatch.setattr(cpu, "core", lambda *given, of=cpu.core: called.append("core") or of(*given))
+    monkeypatch.setattr(cpu, "joined", lambda *given, of=cpu.joined: called.append("joined") or of(*given))
     with torch.no_grad():
         found = core(q, k, v, layout)
         expected = deepcopy(core).double()(q.double(), k.double(), v.double(), layout)
         half = deepcopy(core).bfloat16()(q.bfloat16(), k.bfloat16(), v.bfloat16(), layout)
     core(q, k, v, layout)  # learns, and does without
     joins = branch is not None or (outside == "exact" and layout.prefix + layout.suffix > 0)
-    assert len(called) == 2 * joins
+    assert called == 2 * (["core"] + ["joined"] * (affine and joins))
     assert off(found, expected) < 1e-5 and off(half, expected) < 0.05
     assert found.transpose(1, 2).is_contiguous() and half.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"key_norm": "none"}, {"key_norm": "layer"}, {"locality": "none"}, {"locality": "dwc-v"}, {"key_norm_scope": "modality"}],
+)
+def test_only_cores_that_it_knows_are_the_kernels(kernels: None, change: dict[str, Any]) -> None:
+    layout = TokenLayout(5, 7, 2)
+    core = CoreAttention(CoreConfig(neighborhood=Neighborhood(), **change), HEADS, 16).requires_grad_(False)
+    q, k, v = torch.randn(3, 2, HEADS, layout.tokens, 16)
+    with torch.no_grad():
+        found = core(q, k, v, layout)
+    assert off(found, deepcopy(core).double()(q.double(), k.double(), v.double(), layout)) < 1e-5
 
 
 class Aligned(torch.nn.Module):
@@ -278,7 +293,7 @@ def test_what_is_exported_or_learns_does_without_them(kernels: None, unchecked_s
 
 
 def test_what_runs_is_said(built: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    aligned._say.cache_clear()
+    aligned.say.cache_clear()
     monkeypatch.setattr(aligned, "SMALL", 0)
     monkeypatch.setenv("LINEATE_CPU_KERNELS", "1")
     q, k, v, *parameters = tensors(LAYOUTS[0], "swiglu", 8, torch.float32)

@@ -162,7 +162,7 @@ def test_what_is_kept_for_backward_is_q_k_and_v() -> None:
 
 
 def test_what_runs_is_said_once_and_why(caplog: pytest.LogCaptureFixture) -> None:
-    aligned._say.cache_clear()
+    aligned.say.cache_clear()
     _, q, k, v, *parameters = (x.detach() for x in tensors(LAYOUT, "swiglu"))
     with caplog.at_level(logging.INFO, logger="lineate"):
         for tokens in (LAYOUT.tokens, LAYOUT.tokens, 5):

@@ -4,11 +4,11 @@
 //     learn        G = Σ ∂(L/c)/∂W (k̂, v)
 //     answer       o = f_W'(q̂)
 //
-//     aligned      all three, head by head: what lies between them stays in a core's cache, and one call does it
 //     windows      neighborhood attention;  joined  that beside a mixer's answers, and exact attention off the grid
+//     core         all of these, head by head: what lies between them stays in a core's cache, and one call does it
 //
-// The equations are those of lineate/ops/ttt.py; lineate/ops/aligned_cpu.py calls `aligned` where nothing learns, and
-// otherwise the three, which it differentiates. Everything is computed in fp32. A block is read out of the projection as it lies,
+// The equations are those of lineate/ops/ttt.py; lineate/core.py calls `core` where nothing learns, and otherwise
+// lineate/ops/aligned_cpu.py the first three, which it differentiates. Everything is computed in fp32. A block is read out of the projection as it lies,
 // with the grid's rows above and below it, normed, and convolved with the residual in the centre tap. Work is shared by sample,
 // head and part of the blocks.
 //
@@ -36,7 +36,7 @@ constexpr int64_t LANES = 16, ROWS = 8, COLUMNS = 2;
 #else
 constexpr int64_t LANES = 8, ROWS = 4, COLUMNS = 2;
 #endif
-constexpr int64_t PAD = 16;      // P is a multiple of it, and so is n as products see it
+constexpr int64_t PAD = 16;      // P is a multiple of it, and so are the lengths of most rows
 constexpr int64_t TOKENS = 256;  // about so many in a block
 constexpr int64_t FEW = 32;      // of the statistics
 constexpr int64_t AHEAD = 16;    // tokens
@@ -52,25 +52,25 @@ inline int64_t padded(int64_t size) { return (size + PAD - 1) / PAD * PAD; }
 // ---------------------------------------------------------------------------------------------------------------- products
 
 // c (+)= a·b, one tile; a is read with any strides, so that its transpose is as good.
-template <int64_t COLS>
+template <int64_t COLS, int64_t HIGH = ROWS>
 inline void tile(
     int64_t depth, const float* a, int64_t a_row, int64_t a_inner, const float* b, float* c, int64_t width, bool add) {
-  Vector sum[ROWS][COLS];
-  for (int64_t r = 0; r < ROWS; ++r)
+  Vector sum[HIGH][COLS];
+  for (int64_t r = 0; r < HIGH; ++r)
     for (int64_t j = 0; j < COLS; ++j) sum[r][j] = add ? at(c + r * width + j * LANES) : Vector{};
   for (int64_t p = 0; p < depth; ++p) {
     Vector row[COLS];
     for (int64_t j = 0; j < COLS; ++j) row[j] = at(b + p * width + j * LANES);
 #pragma GCC unroll 8
-    for (int64_t r = 0; r < ROWS; ++r)
+    for (int64_t r = 0; r < HIGH; ++r)
 #pragma GCC unroll 4
       for (int64_t j = 0; j < COLS; ++j) sum[r][j] += a[r * a_row + p * a_inner] * row[j];
   }
-  for (int64_t r = 0; r < ROWS; ++r)
+  for (int64_t r = 0; r < HIGH; ++r)
     for (int64_t j = 0; j < COLS; ++j) at(c + r * width + j * LANES) = sum[r][j];
 }
 
-// c (rows, width) (+)= a (rows, depth)·b (depth, width).
+// c (rows, width) (+)= a (rows, depth)·b (depth, width), where the width is a multiple of PAD.
 void product(
     int64_t rows, int64_t depth, int64_t width, const float* a, int64_t a_row, int64_t a_inner, const float* b, float* c,
     bool add) {
@@ -79,13 +79,13 @@ void product(
     const bool sum = add || start > 0;
     for (int64_t column = 0; column < width;) {
       const bool full = width - column >= COLUMNS * LANES;
-      for (int64_t row = 0; row < rows; row += ROWS) {
+      for (int64_t row = 0; row < rows;) {
         const float *left = a + row * a_row + start * a_inner, *right = b + start * width + column;
         float* out = c + row * width + column;
-        if (full)
-          tile<COLUMNS>(deep, left, a_row, a_inner, right, out, width, sum);
-        else
-          tile<1>(deep, left, a_row, a_inner, right, out, width, sum);
+        const bool high = rows - row >= ROWS;
+        const auto one = high ? full ? tile<COLUMNS> : tile<1> : full ? tile<COLUMNS, 1> : tile<1, 1>;
+        one(deep, left, a_row, a_inner, right, out, width, sum);
+        row += high ? ROWS : 1;
       }
       column += full ? COLUMNS * LANES : LANES;
     }
@@ -480,12 +480,9 @@ void learn_blocks(
     const Inner& m, Tokens<T> k, Tokens<T> v, const Block* block, const Block* end, const Grid& grid, int64_t d, int64_t p,
     const Lens& lens) {
   for (; block != end; ++block) {
-    const int64_t rows = padded(block->count), rest = (rows - block->count) * p;
     see(k, *block, grid, d, p, lens, m.pixels, m.x);
     copy(v, block->start, block->count, d, p, nullptr, m.e);
-    std::fill_n(m.x + block->count * p, rest, 0.0f);  // tokens of zeros add nothing
-    std::fill_n(m.e + block->count * p, rest, 0.0f);
-    step(m, rows, p);
+    step(m, block->count, p);
   }
 }
 
@@ -531,12 +528,11 @@ void answer_blocks(
     Tokens<T> q, T* to, int64_t stride, const Block* block, const Block* end, const Grid& grid, int64_t d, int64_t p,
     const float* taps, const float* in, const float* gates, const float* back, float* pixels, float* x, float* z, float* y) {
   for (; block != end; ++block) {
-    const int64_t rows = padded(block->count);
     see(q, *block, grid, d, p, {nullptr, taps}, pixels, x);
-    times(rows, p, x, in, z);
-    if (gates) times(rows, p, x, gates, y);
-    gate(rows * p, z, gates ? y : nullptr);
-    times(rows, p, z, back, x);
+    times(block->count, p, x, in, z);
+    if (gates) times(block->count, p, x, gates, y);
+    gate(block->count * p, z, gates ? y : nullptr);
+    times(block->count, p, z, back, x);
     T* row = to + block->start * stride;
     for (int64_t t = 0; t < block->count; ++t, row += stride) write(x + t * p, d, row);
   }
@@ -568,7 +564,370 @@ Tensor answer(
   return out;
 }
 
-// --------------------------------------------------------------------------------------------------------------------- aligned
+// --------------------------------------------------------------------------------------------------------------------- windows
+
+// A window along one side: where it begins for the query at `place`, shifted inwards at the border.
+struct Side {
+  int64_t length, size;
+  Side(int64_t length, int64_t window) : length(length), size(std::min(window, length)) {}
+  int64_t start(int64_t place) const { return std::clamp(place - size / 2, int64_t{0}, length - size); }
+};
+
+// LANES vectors <- their transpose.
+template <int64_t STEP = 1>
+inline void transpose(Vector* x) {
+  Integers low = {}, high = {};
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < LANES; ++i) {
+    low[i] = i & STEP ? LANES + i - STEP : i;
+    high[i] = i & STEP ? LANES + i : i + STEP;
+  }
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < LANES; ++i)
+    if (!(i & STEP)) {
+      const Vector a = x[i], b = x[i + STEP];
+      x[i] = __builtin_shuffle(a, b, low);
+      x[i + STEP] = __builtin_shuffle(a, b, high);
+    }
+  if constexpr (2 * STEP < LANES) transpose<2 * STEP>(x);
+}
+
+// P / LANES blocks of LANES × LANES, `step` after each other, are transposed to where `out` is; rows lie `pitch` apart.
+inline void turn(int64_t p, const float* x, int64_t pitch, int64_t step, float* out, int64_t out_pitch, int64_t out_step) {
+  for (int64_t i = 0; i < p; i += LANES, x += step, out += out_step) {
+    Vector part[LANES];
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < LANES; ++j) part[j] = at(x + j * pitch);
+    transpose(part);
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < LANES; ++j) at(out + j * out_pitch) = part[j];
+  }
+}
+
+// out (P, pitch) <- the transpose of x (count, D), in whole vectors of tokens; `tile` has room for one, (LANES, P).
+template <typename T>
+void copy_turned(Tokens<T> x, int64_t start, int64_t count, int64_t d, int64_t p, float* tile, float* out, int64_t pitch) {
+  for (int64_t t = 0; t < count; t += LANES) {
+    copy(x, start + t, std::min(LANES, count - t), d, p, nullptr, tile);
+    turn(p, tile, p, LANES, out + t, pitch, LANES * pitch);
+  }
+}
+
+// f(`some` as a constant), which is at most MOST.
+template <int64_t MOST, typename F>
+inline void constant(int64_t some, const F& f) {
+  if constexpr (MOST > 1)
+    if (some < MOST) return constant<MOST - 1>(some, f);
+  f(std::integral_constant<int64_t, MOST>());
+}
+
+// What LANES queries of a row of the grid see, and those of the next row, which see mostly the same and are answered with them: the
+// `off` tokens off the grid, x (off, P), and of `rows` rows of the grid from top[query row] on, which lie channel by channel in
+// slots (P, pitch), `columns` tokens each from column left + to[i] on.
+struct Sight {
+  static constexpr int64_t AT_ONCE = 5, TOGETHER = 2;
+  int64_t d, p, off, pitch, rows, columns, together = 1, top[TOGETHER] = {}, left = 0;
+  Integers to = {};
+  bool shifted = false;  // or the i-th sees from left + i on
+
+  int64_t count() const { return off + rows * columns; }
+
+  // f(first query row, how many as a constant, how many keys as a constant, each query row's number of the first key, x(channel, j)
+  // of the j-th), until all are named.
+  template <typename F>
+  void each(const float* around, const float* grid, const F& f) const {
+    const auto name = [&](int64_t query, int64_t queries, int64_t keys, const int64_t* number, const auto& x) {
+      constant<TOGETHER>(queries, [&](auto many) { constant<AT_ONCE>(keys, [&](auto some) { f(query, many, some, number, x); }); });
+    };
+    int64_t number[TOGETHER] = {};
+    const auto count_on = [&](int64_t query, int64_t queries, int64_t keys) {
+      for (int64_t i = 0; i < queries; ++i) number[query + i] += keys;
+    };
+    for (int64_t t = 0, some; t < off; t += some, count_on(0, together, some)) {
+      const float* from = around + t * p;
+      some = std::min(AT_ONCE, off - t);
+      name(0, together, some, number, [=, this](int64_t c, int64_t j) { return Vector{} + from[j * p + c]; });
+    }
+    for (int64_t row = top[0]; row < top[together - 1] + rows; ++row) {
+      const int64_t query = row >= top[0] + rows, queries = (row < top[together - 1] ? 1 : together) - query;
+      for (int64_t column = 0, some; column < columns; column += some, count_on(query, queries, some)) {
+        const float* from = grid + row % (rows + 1) * p * pitch + left + column;
+        some = std::min(AT_ONCE, columns - column);
+        if (shifted)
+          name(query, queries, some, number + query, [from, wide = pitch, by = to](int64_t c, int64_t j) {
+            return __builtin_shuffle(at(from + c * wide + j), by);
+          });
+        else
+          name(query, queries, some, number + query, [from, wide = pitch](int64_t c, int64_t j) { return at(from + c * wide + j); });
+      }
+    }
+  }
+
+  // The queries from `column` on.
+  void look(const Side& wide, int64_t column) {
+    left = wide.start(column), shifted = false;
+    for (int64_t i = 0; i < LANES; ++i) {
+      to[i] = wide.start(std::min(column + i, wide.length - 1)) - left;
+      shifted |= to[i] != i;
+    }
+  }
+
+  // o (query rows, P, LANES) = softmax(q·kᵀ/√D)·v of q alike; `scores` has room for one (LANES) of every query row and key.
+  void attend(
+      const float* q, const float* around_k, const float* k, const float* around_v, const float* v, float* scores,
+      float* o) const {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+    const int64_t depth = d, all = count() * LANES, size = p * LANES;
+    Vector most[TOGETHER], sum[TOGETHER];
+    for (Vector& x : most) x = Vector{} - 1e30f;
+    each(around_k, k, [&](int64_t query, auto many, auto some, const int64_t* number, const auto& key) {
+      Vector score[many][some] = {};
+      const float* own = q + query * size;
+      for (int64_t c = 0; c < depth; ++c)
+#pragma GCC unroll 8
+        for (int64_t j = 0; j < some; ++j) {
+          const Vector x = key(c, j);
+#pragma GCC unroll 2
+          for (int64_t i = 0; i < many; ++i) score[i][j] += at(own + i * size + c * LANES) * x;
+        }
+      for (int64_t i = 0; i < many; ++i)
+        for (int64_t j = 0; j < some; ++j) {
+          Vector& top = most[query + i];
+          top = score[i][j] > top ? score[i][j] : top;
+          at(scores + (query + i) * all + (number[i] + j) * LANES) = score[i][j];
+        }
+    });
+    for (int64_t i = 0; i < together; ++i) {
+      sum[i] = Vector{};
+      for (int64_t j = i * all; j < (i + 1) * all; j += LANES)
+        sum[i] += at(scores + j) = exponential((at(scores + j) - most[i]) * scale);
+      sum[i] = 1.0f / sum[i];
+    }
+    std::fill_n(o, together * size, 0.0f);
+    each(around_v, v, [&](int64_t query, auto many, auto some, const int64_t* number, const auto& value) {
+      Vector share[many][some];
+      for (int64_t i = 0; i < many; ++i)
+        for (int64_t j = 0; j < some; ++j)
+          share[i][j] = at(scores + (query + i) * all + (number[i] + j) * LANES) * sum[query + i];
+      float* own = o + query * size;
+      for (int64_t c = 0; c < depth; ++c) {
+        Vector out[many];
+#pragma GCC unroll 2
+        for (int64_t i = 0; i < many; ++i) out[i] = at(own + i * size + c * LANES);
+#pragma GCC unroll 8
+        for (int64_t j = 0; j < some; ++j) {
+          const Vector x = value(c, j);
+#pragma GCC unroll 2
+          for (int64_t i = 0; i < many; ++i) out[i] += share[i][j] * x;
+        }
+#pragma GCC unroll 2
+        for (int64_t i = 0; i < many; ++i) at(own + i * size + c * LANES) = out[i];
+      }
+    });
+  }
+};
+
+// What a softmax's shares were divided by: their sum, of scores below their greatest.
+struct Weight {
+  float top, sum;
+};
+
+// Scores to shares of one, in place; there is room for whole vectors.
+Weight share(int64_t count, float* scores) {
+  std::fill(scores + count, scores + padded(count), -1e30f);
+  Vector most = at(scores), sum = {};
+  for (int64_t i = LANES; i < count; i += LANES) most = at(scores + i) > most ? at(scores + i) : most;
+  const float top = greatest(most);
+  for (int64_t i = 0; i < count; i += LANES) sum += at(scores + i) = exponential(at(scores + i) - top);
+  const float all = total(sum);
+  for (int64_t i = 0; i < count; i += LANES) at(scores + i) /= all;
+  std::fill(scores + (count + LANES - 1) / LANES * LANES, scores + padded(count), 0.0f);
+  return {top, all};
+}
+
+// o (P) <- softmax attention to all that `o` and `more` have attended to, whose weights are `of` and `other`; the weight of all.
+Weight merge(int64_t p, Weight of, Weight other, const float* more, float* o) {
+  const float top = std::max(of.top, other.top);
+  const float own = of.sum * std::exp(of.top - top), its = other.sum * std::exp(other.top - top), all = own + its;
+  for (int64_t i = 0; i < p; i += LANES) at(o + i) = at(o + i) * (own / all) + at(more + i) * (its / all);
+  return {top, all};
+}
+
+// What one head's softmax branches take, whose `off` tokens off the grid are seen by all windows and, with `exact`, see all.
+struct Room {
+  Grid grid;
+  Side tall, wide;
+  int64_t tokens, d, p, off, asking, pitch, slots, around, seen, piece;
+
+  Room(const Tensor& k, const Grid& grid, int64_t window, bool exact)
+      : grid(grid), tall(grid.height, window), wide(grid.width, window), tokens(k.size(1)), d(k.size(3)), p(padded(d)),
+        off(tokens - grid.height * grid.width), asking(exact ? off : 0), pitch(padded(grid.width)),
+        slots((tall.size + 1) * p * pitch + PAD), around(window ? off * p : 0), seen(window ? off + tall.size * wide.size : 0),
+        piece(asking ? TOKENS * p : 0) {}
+
+  int64_t size() const {
+    return 2 * (slots + around + piece) + (5 * LANES + 3 * asking) * p + Sight::TOGETHER * seen * LANES + asking * TOKENS;
+  }
+};
+
+template <typename T>
+class Branches : Room {
+ public:
+  Branches(Scratch& scratch, const Room& room, const Tensor& k_, const Tensor& v_, int64_t b, int64_t h)
+      : Room(room), keys(k_, b, h), values(v_, b, h) {
+    for (float** rows : {&k, &v}) *rows = scratch.take(slots);
+    for (float** some : {&around_k, &around_v}) *some = scratch.take(around);
+    tile = scratch.take(LANES * p);
+    for (float** block : {&queries, &o}) *block = scratch.take(Sight::TOGETHER * LANES * p);
+    scores = scratch.take(Sight::TOGETHER * seen * LANES);
+    for (float** part : {&all_k, &all_v}) *part = scratch.take(piece);
+    for (float** block : {&all_q, &answers, &more}) *block = scratch.take(asking * p);
+    all_scores = scratch.take(asking * TOKENS);
+  }
+
+  // put(t, o) for the grid's tokens of some rows: softmax attention of q (h·w) to a full window and to every token off the grid.
+  template <typename F>
+  void windows(Tokens<T> q, int64_t row, int64_t end, const F& put) const {
+    const int64_t behind = grid.first + grid.height * grid.width;
+    for (const auto& [all, some] : {std::pair(keys, around_k), std::pair(values, around_v)}) {
+      copy(all, 0, grid.first, d, p, nullptr, some);
+      copy(all, behind, tokens - behind, d, p, nullptr, some + grid.first * p);
+    }
+    Sight sight{d, p, off, pitch, tall.size, wide.size};
+    for (int64_t read = tall.start(row); row < end; row += sight.together) {
+      sight.together = std::min(Sight::TOGETHER, end - row);
+      for (int64_t i = 0; i < sight.together; ++i) sight.top[i] = tall.start(row + i);
+      for (; read < tall.start(row + sight.together - 1) + tall.size; ++read) {  // each row of the grid once
+        const int64_t slot = read % (tall.size + 1) * p * pitch, start = grid.first + read * grid.width;
+        copy_turned(keys, start, grid.width, d, p, tile, k + slot, pitch);
+        copy_turned(values, start, grid.width, d, p, tile, v + slot, pitch);
+      }
+      for (int64_t column = 0; column < grid.width; column += LANES) {
+        const int64_t count = std::min(LANES, grid.width - column);
+        sight.look(wide, column);
+        for (int64_t i = 0; i < sight.together; ++i)
+          copy_turned(q, (row + i) * grid.width + column, count, d, p, tile, queries + i * p * LANES, LANES);
+        sight.attend(queries, around_k, k, around_v, v, scores, o);
+        for (int64_t i = 0; i < sight.together; ++i) {
+          turn(p, o + i * p * LANES, LANES, LANES * LANES, tile, p, LANES);
+          for (int64_t t = 0; t < count; ++t) put((row + i) * grid.width + column + t, tile + t * p);
+        }
+      }
+    }
+  }
+
+  // put(t, o) for every step-th token off the grid, from the first-th on: softmax attention of q (N) to all tokens.
+  template <typename F>
+  void exact(Tokens<T> q, int64_t first, int64_t step, const F& put) const {
+    std::vector<int64_t> who;
+    for (int64_t i = first; i < asking; i += step) who.push_back(i < grid.first ? i : grid.height * grid.width + i);
+    if (who.empty()) return;
+    const int64_t count = who.size();
+    for (int64_t i = 0; i < count; ++i) copy(q, who[i], 1, d, p, nullptr, all_q + i * p);
+    for (int64_t i = 0; i < count * p; i += LANES) at(all_q + i) /= std::sqrt(static_cast<float>(d));
+    std::vector<Weight> weights(count);
+    for (int64_t start = 0; start < tokens; start += TOKENS) {
+      const int64_t some = std::min(TOKENS, tokens - start), whole = padded(some);
+      copy_turned(keys, start, some, d, p, tile, all_k, whole);
+      copy(values, start, some, d, p, nullptr, all_v);
+      std::fill_n(all_v + some * p, (whole - some) * p, 0.0f);
+      product(count, d, whole, all_q, p, 1, all_k, all_scores, false);
+      std::vector<Weight> found;
+      for (int64_t i = 0; i < count; ++i) found.push_back(share(some, all_scores + i * whole));
+      product(count, whole, p, all_scores, whole, 1, all_v, start ? more : answers, false);
+      for (int64_t i = 0; i < count; ++i)
+        weights[i] = start ? merge(p, weights[i], found[i], more + i * p, answers + i * p) : found[i];
+    }
+    for (int64_t i = 0; i < count; ++i) put(who[i], answers + i * p);
+  }
+
+  // to (N, D with a stride), a mixer's answers to q (N): on the grid's rows <- (1 - m)·to + m·windows where there are some, and
+  // off it exact attention's for every parts-th token, where that is asked for.
+  void join(Tokens<T> q, T* to, int64_t stride, float m, int64_t row, int64_t end, int64_t part, int64_t parts) const {
+    if (tall.size)
+      windows(q.from(grid.first), row, end, [&](int64_t t, const float* near) {
+        T* own = to + (grid.first + t) * stride;
+        for (int64_t i = 0; i < d; ++i) {
+          const float mixers = static_cast<float>(own[i]);
+          own[i] = static_cast<T>(mixers + m * (near[i] - mixers));
+        }
+      });
+    exact(q, part, parts, [&](int64_t t, const float* all) { write(all, d, to + t * stride); });
+  }
+
+ private:
+  Tokens<T> keys, values;
+  float *k, *v, *around_k, *around_v;           // (P, pitch) of each row of a window; (off, P)
+  float *tile, *queries, *o, *scores;           // (LANES, P), (P, LANES), (P, LANES), (seen, LANES)
+  float *all_k, *all_v;                         // (P, n), (n, P)
+  float *all_q, *answers, *more, *all_scores;   // (asking, P), (asking, n)
+};
+
+// The rows of a grid that are a part of some work.
+std::pair<int64_t, int64_t> rows_of(const Plan& plan, int64_t part) {
+  const Block& last = plan.begin_of(part + 1)[-1];
+  return {plan.begin_of(part)->top, last.top + last.rows};
+}
+
+// q (B, h·w, H, D), k and v (B, M, H, D) with the grid from token `first` on -> o (B, h·w, H, D): softmax attention to a full
+// window of the grid and to every token off the grid.
+Tensor windows(
+    const Tensor& q, const Tensor& k, const Tensor& v, int64_t height, int64_t width, int64_t window, int64_t first) {
+  const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), d = q.size(3);
+  const Plan plan(blocks_of(tokens, {height, width, 0}, true), batch * heads);
+  const Room room(k, {height, width, first}, window, false);
+  Tensor out = at::empty({batch, tokens, heads, d}, q.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "windows", [&] {
+    plan.run(room.size(), [&](Scratch& scratch, int64_t head, int64_t part) {
+      const int64_t b = head / heads, h = head % heads;
+      const auto [row, end] = rows_of(plan, part);
+      scalar_t* to = out.data_ptr<scalar_t>() + (b * tokens * heads + h) * d;
+      Branches<scalar_t>(scratch, room, k, v, b, h).windows({q, b, h}, row, end, [&](int64_t t, const float* o) {
+        write(o, d, to + t * heads * d);
+      });
+    });
+  });
+  return out;
+}
+
+// What joins a mixer: windows where `window` is not 0, with a share sigmoid(logit) for each head or one half, and exact attention.
+struct Joins {
+  const std::optional<Tensor>& mix_logit;  // (H,)
+  int64_t window;
+  bool exact;
+  bool any() const { return window > 0 || exact; }
+  float mix(int64_t h) const {
+    float share = 0.5f;
+    if (mix_logit) numbers_of(*mix_logit, [&](auto* logit) { share = 1.0f / (1.0f + std::exp(-static_cast<float>(logit[h]))); });
+    return share;
+  }
+};
+
+// out (B, N, H, D), dense, are a mixer's answers to q, k, v of the same shape, and become those with all that joins them.
+void join_in_place(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v, const Joins& joins, const Grid& grid) {
+  const int64_t tokens = q.size(1), heads = q.size(2), d = q.size(3);
+  const Plan plan(blocks_of(grid.height * grid.width, {grid.height, grid.width, 0}, true), q.size(0) * heads);
+  const Room room(k, grid, joins.window, joins.exact);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "joined", [&] {
+    plan.run(room.size(), [&](Scratch& scratch, int64_t head, int64_t part) {
+      const int64_t b = head / heads, h = head % heads;
+      const auto [row, end] = rows_of(plan, part);
+      scalar_t* to = out.data_ptr<scalar_t>() + (b * tokens * heads + h) * d;
+      Branches<scalar_t>(scratch, room, k, v, b, h).join({q, b, h}, to, heads * d, joins.mix(h), row, end, part, plan.parts);
+    });
+  });
+}
+
+// The same, of answers (B, N, H, D) that stay as they are.
+Tensor joined(
+    const Tensor& mixed, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mix_logit, int64_t height,
+    int64_t width, int64_t first, int64_t window, bool exact) {
+  Tensor out = mixed.clone(at::MemoryFormat::Contiguous);
+  join_in_place(out, q, k, v, {mix_logit, window, exact}, {height, width, first});
+  return out;
+}
+
+// ------------------------------------------------------------------------------------------------------------------------ core
 
 // The kernel of x + DWC(x).
 void pack_residual(const Tensor& weight, const Tensor& bias, int64_t h, int64_t d, int64_t p, float* out) {
@@ -585,14 +944,16 @@ void descend(int64_t p, float c, const float* g, float* w) {
 // thread's.
 Tensor by_head(
     const Tensor& q, const Tensor& k, const Tensor& v, at::TensorList convolutions, at::TensorList weights,
-    std::optional<double> eps, bool l2, const Grid& grid, const Plan& plan) {
+    std::optional<double> eps, bool l2, const Joins& joins, const Grid& grid, const Plan& plan) {
   const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), d = q.size(3), p = padded(d);
   const int64_t n = largest(plan.blocks), image = image_size(plan.blocks, grid, p);
   const Block *begin = plan.blocks.data(), *end = begin + plan.blocks.size();
   const float c = 1.0f / (std::sqrt(static_cast<float>(d)) * tokens);
+  const Room room(k, grid, joins.window, joins.exact);
+  const int64_t joining = joins.any() ? room.size() : 0;
   Tensor out = at::empty({batch, tokens, heads, d}, q.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "aligned", [&] {
-    plan.run(Inner::size(image, n, p) + (22 + FEW + 2) * p, [&](Scratch& scratch, int64_t head, int64_t) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "core", [&] {
+    plan.run(Inner::size(image, n, p) + (22 + FEW + 2) * p + joining, [&](Scratch& scratch, int64_t head, int64_t) {
       const int64_t b = head / heads, h = head % heads;
       const Tokens<scalar_t> queries(q, b, h), keys(k, b, h), values(v, b, h);
       const Inner m(scratch, weights, h, l2, image, n, p);
@@ -606,9 +967,12 @@ Tensor by_head(
       descend(p, c, m.g_in, m.in);
       if (m.gated) descend(p, c, m.g_gate, m.gate);
       descend(p, c, m.g_out, m.out);
+      scalar_t* to = out.data_ptr<scalar_t>() + (b * tokens * heads + h) * d;
       answer_blocks(
-          queries, out.data_ptr<scalar_t>() + (b * tokens * heads + h) * d, heads * d, begin, end, grid, d, p, q_kernel, m.in,
-          m.gated ? m.gate : nullptr, m.out, m.pixels, m.x, m.z, m.y);
+          queries, to, heads * d, begin, end, grid, d, p, q_kernel, m.in, m.gated ? m.gate : nullptr, m.out, m.pixels, m.x, m.z,
+          m.y);
+      if (joins.any())
+        Branches<scalar_t>(scratch, room, k, v, b, h).join(queries, to, heads * d, joins.mix(h), 0, grid.height, 0, 1);
     });
   });
   return out;
@@ -633,265 +997,26 @@ Tensor by_part(
   return answer(q, taps.slice(0, half), fitted, grid.height, grid.width, grid.first);
 }
 
-Tensor aligned(
-    const Tensor& q, const Tensor& k, const Tensor& v, at::TensorList convolutions, at::TensorList weights,
-    std::optional<double> eps, int64_t height, int64_t width, int64_t first, bool l2) {
-  const Grid grid{height, width, first};
-  const Plan plan(blocks_of(q.size(1), grid, !convolutions.empty()), q.size(0) * q.size(2));
-  if (plan.parts > 1) return by_part(q, k, v, convolutions, weights, eps, l2, grid);
-  return by_head(q, k, v, convolutions, weights, eps, l2, grid, plan);
-}
-
-// --------------------------------------------------------------------------------------------------------------------- windows
-
-// A window along one side: where it begins for the query at `place`, shifted inwards at the border.
-struct Side {
-  int64_t length, size;
-  Side(int64_t length, int64_t window) : length(length), size(std::min(window, length)) {}
-  int64_t start(int64_t place) const { return std::clamp(place - size / 2, int64_t{0}, length - size); }
-};
-
-// Keys and values that follow each other, (count, P) each.
-struct Run {
-  const float *k, *v;
-  int64_t count;
-};
-
-// What a softmax's shares were divided by: their sum, of scores below their greatest.
-struct Weight {
-  float top, sum;
-};
-
-// Scores to shares of one, in place; there is room for whole vectors.
-Weight share(int64_t count, float* scores) {
-  std::fill(scores + count, scores + padded(count), -1e30f);
-  Vector most = at(scores), sum = {};
-  for (int64_t i = LANES; i < count; i += LANES) most = at(scores + i) > most ? at(scores + i) : most;
-  const float top = greatest(most);
-  for (int64_t i = 0; i < count; i += LANES) sum += at(scores + i) = exponential(at(scores + i) - top);
-  const float all = total(sum);
-  for (int64_t i = 0; i < count; i += LANES) at(scores + i) /= all;
-  return {top, all};
-}
-
-// o (P) <- softmax attention to all that `o` and `more` have attended to, whose weights are `of` and `other`; the weight of all.
-Weight join(int64_t p, Weight of, Weight other, const float* more, float* o) {
-  const float top = std::max(of.top, other.top);
-  const float own = of.sum * std::exp(of.top - top), its = other.sum * std::exp(other.top - top), all = own + its;
-  for (int64_t i = 0; i < p; i += LANES) at(o + i) = at(o + i) * (own / all) + at(more + i) * (its / all);
-  return {top, all};
-}
-
-// x and y in turns, `STEP` lanes each: what their sums over pairs of such groups are, in one vector.
-template <int64_t STEP>
-inline Vector fold(Vector x, Vector y) {
-  Integers low = {}, high = {};
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < LANES; ++i) {
-    low[i] = (i / STEP % 2 ? LANES : 0) + i / (2 * STEP) * 2 * STEP + i % STEP;
-    high[i] = low[i] + STEP;
-  }
-  return __builtin_shuffle(x, y, low) + __builtin_shuffle(x, y, high);
-}
-
-// o (P) = softmax(q·kᵀ)·v over all runs. COLUMNS is P in vectors where that is known, else 0.
-template <int64_t COLUMNS>
-Weight attend(const std::vector<Run>& runs, int64_t p, const float* q, float* scores, float* o) {
-  constexpr int64_t AT_ONCE = COLUMNS ? COLUMNS : 1;
-  const int64_t columns = COLUMNS ? COLUMNS : p / LANES;
-  Vector own[AT_ONCE];
-  for (int64_t i = 0; i < AT_ONCE; ++i) own[i] = at(q + i * LANES);
-  const auto product = [&](const float* k) {
-    Vector sum = own[0] * at(k);
-#pragma GCC unroll 8
-    for (int64_t i = 1; i < columns; ++i) sum += (COLUMNS ? own[i % AT_ONCE] : at(q + i * LANES)) * at(k + i * LANES);
-    return sum;
+// q, k, v (B, H, N, D) as they lie -> o (B, H, N, D), laid out by tokens: T⁵'s three steps, and what joins them.
+Tensor core(
+    const Tensor& q_, const Tensor& k_, const Tensor& v_, at::TensorList convolutions_, at::TensorList weights_,
+    std::optional<double> eps, const std::optional<Tensor>& mix_logit, int64_t height, int64_t width, int64_t first, bool l2,
+    int64_t window, bool exact) {
+  const auto by_token = [](const Tensor& x) { return (x.stride(-1) == 1 ? x : x.contiguous()).transpose(1, 2); };
+  const auto dense = [](at::TensorList all) {
+    std::vector<Tensor> lie;
+    for (const Tensor& x : all) lie.push_back(x.contiguous());
+    return lie;
   };
-  float* score = scores;
-  for (const Run& run : runs) {
-    const float *k = run.k, *end = k + run.count * p;
-    for (; k + 4 * p <= end; k += 4 * p) {
-      const Vector pairs = fold<1>(product(k), product(k + p)), others = fold<1>(product(k + 2 * p), product(k + 3 * p));
-      Vector sum = fold<2>(pairs, others);
-      if (LANES > 8) sum += __builtin_shuffle(sum, rotated<LANES / 2>());
-      sum += __builtin_shuffle(sum, rotated<4>());
-      for (int64_t i = 0; i < 4; ++i) *score++ = sum[i];
-    }
-    for (; k < end; k += p) *score++ = total(product(k));
-  }
-  const Weight weight = share(score - scores, scores);
-  for (int64_t first = 0; first < columns; first += AT_ONCE) {
-    Vector sum[AT_ONCE] = {};
-    score = scores;
-    for (const Run& run : runs)
-      for (const float* v = run.v + first * LANES; v < run.v + run.count * p; v += p, ++score)
-#pragma GCC unroll 8
-        for (int64_t i = 0; i < AT_ONCE; ++i) sum[i] += *score * at(v + i * LANES);
-    for (int64_t i = 0; i < AT_ONCE; ++i) at(o + (first + i) * LANES) = sum[i];
-  }
-  return weight;
-}
-
-using Attend = Weight (*)(const std::vector<Run>&, int64_t, const float*, float*, float*);
-
-Attend attend_for(int64_t p) {
-  switch (p / LANES) {
-    case 2: return attend<2>;
-    case 4: return attend<4>;
-    case 5: return attend<5>;
-    case 8: return attend<8>;
-    default: return attend<0>;
-  }
-}
-
-// One head's keys and values (M tokens), the grid's from token `first` on, and room for what a query sees of them.
-template <typename T>
-struct Seen {
-  Tokens<T> keys, values;
-  Grid grid;
-  Side tall, wide;
-  int64_t tokens, d, p;
-  float *x, *k, *v, *scores, *o;  // (n, P); (seen, P); as many as are seen; (P)
-  Attend attend;
-
-  static int64_t off(const Tensor& k, const Grid& grid) { return k.size(1) - grid.height * grid.width; }
-  static int64_t rows(const Grid& grid, int64_t window) {
-    return window ? (std::max<int64_t>(1, TOKENS / grid.width) + std::min(window, grid.height)) * grid.width : 0;
-  }
-  static int64_t seen(const Tensor& k, const Grid& grid, int64_t window) {
-    return padded(std::max(TOKENS, rows(grid, window) + off(k, grid)));
-  }
-  static int64_t size(const Tensor& k, const Grid& grid, int64_t window, int64_t n) {
-    const int64_t p = padded(k.size(3)), most = seen(k, grid, window);
-    return n * p + 2 * most * p + most + p;
-  }
-
-  Seen(Scratch& scratch, const Tensor& k_, const Tensor& v_, int64_t b, int64_t h, const Grid& grid, int64_t window, int64_t n)
-      : keys(k_, b, h), values(v_, b, h), grid(grid), tall(grid.height, window), wide(grid.width, window), tokens(k_.size(1)),
-        d(k_.size(3)), p(padded(d)), attend(attend_for(p)) {
-    const int64_t most = seen(k_, grid, window);
-    x = scratch.take(n * p), k = scratch.take(most * p), v = scratch.take(most * p);
-    scores = scratch.take(most), o = scratch.take(p);
-  }
-
-  void read(int64_t start, int64_t count, int64_t to) const {
-    copy(keys, start, count, d, p, nullptr, k + to * p);
-    copy(values, start, count, d, p, nullptr, v + to * p);
-  }
-
-  // x (count, P) <- the queries from `start` on, scaled.
-  void ask(Tokens<T> q, int64_t start, int64_t count) const {
-    const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-    copy(q, start, count, d, p, nullptr, x);
-    for (int64_t i = 0; i < count * p; i += LANES) at(x + i) *= scale;
-  }
-
-  // put(t, o) for the grid's tokens t of some blocks: softmax attention of q (h·w) to a full window and to every token off the grid.
-  template <typename F>
-  void windows(Tokens<T> q, const Block* block, const Block* end, const F& put) const {
-    const int64_t all = grid.height * grid.width, behind = grid.first + all, off = tokens - all;
-    read(0, grid.first, 0);  // those off the grid come first
-    read(behind, tokens - behind, grid.first);
-    std::vector<Run> runs(tall.size + 1, Run{k, v, off});  // the last stays
-    for (; block != end; ++block) {
-      const int64_t top = tall.start(block->top), bottom = tall.start(block->top + block->rows - 1) + tall.size;
-      ask(q, block->start, block->count);
-      read(grid.first + top * grid.width, (bottom - top) * grid.width, off);
-      for (int64_t t = 0; t < block->count; ++t) {
-        const int64_t corner =
-            off + (tall.start(block->top + t / grid.width) - top) * grid.width + wide.start(t % grid.width);
-        for (int64_t row = 0; row < tall.size; ++row) {
-          const int64_t from = (corner + row * grid.width) * p;
-          runs[row] = {k + from, v + from, wide.size};
-        }
-        attend(runs, p, x + t * p, scores, o);
-        put(block->start + t, o);
-      }
-    }
-  }
-
-  // put(t, o) for every step-th token off the grid, from the first-th on: softmax attention of q (N) to all tokens.
-  template <typename F>
-  void exact(Tokens<T> q, int64_t first, int64_t step, const F& put) const {
-    const int64_t all = grid.height * grid.width;
-    std::vector<int64_t> asking;
-    for (int64_t i = first; i < tokens - all; i += step) asking.push_back(i < grid.first ? i : all + i);
-    std::vector<float> answers(asking.size() * p);
-    std::vector<Weight> weights(asking.size());
-    std::vector<Run> run(1);
-    for (int64_t start = 0; start < tokens && !asking.empty(); start += TOKENS) {
-      run[0] = {k, v, std::min(TOKENS, tokens - start)};
-      read(start, run[0].count, 0);
-      for (size_t i = 0; i < asking.size(); ++i) {
-        ask(q, asking[i], 1);
-        const Weight found = attend(run, p, x, scores, start ? o : answers.data() + i * p);
-        weights[i] = start ? join(p, weights[i], found, o, answers.data() + i * p) : found;
-      }
-    }
-    for (size_t i = 0; i < asking.size(); ++i) put(asking[i], answers.data() + i * p);
-  }
-};
-
-// q (B, h·w, H, D), k and v (B, M, H, D) with the grid from token `first` on -> o (B, h·w, H, D): softmax attention to a full
-// window of the grid and to every token off the grid.
-Tensor windows(
-    const Tensor& q, const Tensor& k, const Tensor& v, int64_t height, int64_t width, int64_t window, int64_t first) {
-  const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), d = q.size(3);
+  const Tensor q = by_token(q_), k = by_token(k_), v = by_token(v_);
+  const std::vector<Tensor> convolutions = dense(convolutions_), weights = dense(weights_);
   const Grid grid{height, width, first};
-  const Plan plan(blocks_of(tokens, {height, width, 0}, true), batch * heads);
-  const int64_t n = largest(plan.blocks);
-  Tensor out = at::empty({batch, tokens, heads, d}, q.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "windows", [&] {
-    plan.run(Seen<scalar_t>::size(k, grid, window, n), [&](Scratch& scratch, int64_t head, int64_t part) {
-      const int64_t b = head / heads, h = head % heads;
-      const Seen<scalar_t> seen(scratch, k, v, b, h, grid, window, n);
-      scalar_t* to = out.data_ptr<scalar_t>() + (b * tokens * heads + h) * d;
-      seen.windows({q, b, h}, plan.begin_of(part), plan.begin_of(part + 1), [&](int64_t t, const float* o) {
-        write(o, d, to + t * heads * d);
-      });
-    });
-  });
-  return out;
-}
-
-// o (B, N, H, D) of a mixer's answers and q, k, v of the same shape: on the grid (1 - m)·mixed + m·windows with a share m (H,) for
-// each head, and the mixer's where `window` is 0; off it softmax attention to all, or the mixer's where that is not `exact`.
-Tensor joined(
-    const Tensor& mixed, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mix, int64_t height,
-    int64_t width, int64_t first, int64_t window, bool exact) {
-  const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), d = q.size(3);
-  const Grid grid{height, width, first};
-  const Plan plan(blocks_of(height * width, {height, width, 0}, true), batch * heads);
-  const int64_t n = window ? largest(plan.blocks) : 1, behind = first + height * width;  // queries at once
-  Tensor out = at::empty({batch, tokens, heads, d}, q.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "joined", [&] {
-    plan.run(Seen<scalar_t>::size(k, grid, window, n), [&](Scratch& scratch, int64_t head, int64_t part) {
-      const int64_t b = head / heads, h = head % heads;
-      const float share = mix ? mix->const_data_ptr<float>()[h] : 0.5f;
-      const Tokens<scalar_t> queries(q, b, h), answers(mixed, b, h);
-      const Seen<scalar_t> seen(scratch, k, v, b, h, grid, window, n);
-      scalar_t* to = out.data_ptr<scalar_t>() + (b * tokens * heads + h) * d;
-      const Block *begin = plan.begin_of(part), *end = plan.begin_of(part + 1);
-      const auto keep = [&](int64_t start, int64_t stop) {
-        for (int64_t t = start; t < stop; ++t) std::copy_n(answers.data + t * answers.stride, d, to + t * heads * d);
-      };
-      if (window)
-        seen.windows(queries.from(first), begin, end, [&](int64_t t, const float* o) {
-          const scalar_t* other = answers.data + (first + t) * answers.stride;
-          for (int64_t j = 0; j < d; ++j) {
-            const float mixers = static_cast<float>(other[j]);
-            to[(first + t) * heads * d + j] = static_cast<scalar_t>(mixers + share * (o[j] - mixers));
-          }
-        });
-      else
-        for (const Block* block = begin; block != end; ++block) keep(first + block->start, first + block->start + block->count);
-      if (exact)
-        seen.exact(queries, part, plan.parts, [&](int64_t t, const float* o) { write(o, d, to + t * heads * d); });
-      else if (part == 0)
-        keep(0, first), keep(behind, tokens);
-    });
-  });
-  return out;
+  const Joins joins{mix_logit, window, exact};
+  const Plan plan(blocks_of(q.size(1), grid, !convolutions.empty()), q.size(0) * q.size(2));
+  if (plan.parts == 1) return by_head(q, k, v, convolutions, weights, eps, l2, joins, grid, plan).transpose(1, 2);
+  const Tensor out = by_part(q, k, v, convolutions, weights, eps, l2, grid);
+  if (joins.any()) join_in_place(out, q, k, v, joins, grid);
+  return out.transpose(1, 2);
 }
 
 }  // namespace
@@ -902,12 +1027,12 @@ TORCH_LIBRARY_FRAGMENT(lineate, library) {
       "cpu_learn(Tensor k, Tensor v, Tensor? norm, Tensor[] taps, Tensor[] weights, SymInt height, SymInt width, SymInt first, "
       "bool l2) -> Tensor");
   library.def(
-      "cpu_aligned(Tensor q, Tensor k, Tensor v, Tensor[] convolutions, Tensor[] weights, float? eps, SymInt height, SymInt width, "
-      "SymInt first, bool l2) -> Tensor");
+      "cpu_core(Tensor q, Tensor k, Tensor v, Tensor[] convolutions, Tensor[] weights, float? eps, Tensor? mix_logit, SymInt height, "
+      "SymInt width, SymInt first, bool l2, SymInt window, bool exact) -> Tensor");
   library.def(
       "cpu_windows(Tensor q, Tensor k, Tensor v, SymInt height, SymInt width, SymInt window, SymInt first) -> Tensor");
   library.def(
-      "cpu_joined(Tensor mixed, Tensor q, Tensor k, Tensor v, Tensor? mix, SymInt height, SymInt width, SymInt first, "
+      "cpu_joined(Tensor mixed, Tensor q, Tensor k, Tensor v, Tensor? mix_logit, SymInt height, SymInt width, SymInt first, "
       "SymInt window, bool exact) -> Tensor");
   library.def("cpu_answer(Tensor q, Tensor[] taps, Tensor[] weights, SymInt height, SymInt width, SymInt first) -> Tensor");
 }
@@ -916,7 +1041,7 @@ TORCH_LIBRARY_IMPL(lineate, CPU, library) {
   library.impl("cpu_statistics", statistics);
   library.impl("cpu_learn", learn);
   library.impl("cpu_answer", answer);
-  library.impl("cpu_aligned", aligned);
+  library.impl("cpu_core", core);
   library.impl("cpu_windows", windows);
   library.impl("cpu_joined", joined);
 }

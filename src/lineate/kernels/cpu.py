@@ -44,12 +44,16 @@ def _answers_of(q: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
+def _core_of(q: Tensor, *_: Any) -> Tensor:
+    return _answers_of(q.transpose(1, 2)).transpose(1, 2)
+
+
 # What a compiler sees of the library's functions.
 SHAPES: dict[str, Callable[..., Tensor]] = {
     "cpu_statistics": _statistics_of,
     "cpu_learn": _sums_of,
     "cpu_answer": _answers_of,
-    "cpu_aligned": _answers_of,
+    "cpu_core": _core_of,
     "cpu_windows": _answers_of,
     "cpu_joined": _answers_of,
 }
@@ -184,15 +188,18 @@ def answer(q: Tensor, taps: Sequence[Tensor], fitted: Sequence[Tensor], place: S
     return out
 
 
-def aligned(
+def core(
     q: Tensor, k: Tensor, v: Tensor, convolutions: Sequence[Tensor], weights: Sequence[Tensor], eps: float | None,
-    place: Sequence[int], l2: bool,
+    place: Sequence[int], l2: bool, mix_logit: Tensor | None = None, window: int = 0, exact: bool = False,
 ) -> Tensor:  # fmt: skip
-    """o (B, N, H, D) of q, k, v, all three steps in one; `convolutions` are weight and bias of the queries', of the keys'."""
+    """o (B, H, N, D) of q, k, v, all of a T⁵ core in one; `convolutions` are weight and bias of the queries', of the keys'.
+
+    `mix_logit`, `window` and `exact` as `joined` has them.
+    """
     if not q.dtype == k.dtype == v.dtype:
-        return aligned(q.float(), k.float(), v.float(), convolutions, weights, eps, place, l2).to(q.dtype)
-    given = _tokens(q), _tokens(k), _tokens(v), _dense(convolutions), _dense(weights)
-    out: Tensor = torch.ops.lineate.cpu_aligned(*given, eps, *place, l2)
+        given = q.float(), k.float(), v.float(), convolutions, weights, eps, place, l2, mix_logit, window, exact
+        return core(*given).to(q.dtype)
+    out: Tensor = torch.ops.lineate.cpu_core(q, k, v, convolutions, weights, eps, mix_logit, *place, l2, window, exact)
     return out
 
 
@@ -208,13 +215,13 @@ def joins(given: Sequence[Tensor], outside: int) -> bool:
 
 
 def joined(
-    mixed: Tensor, q: Tensor, k: Tensor, v: Tensor, mix: Tensor | None, place: Sequence[int], window: int, exact: bool
+    mixed: Tensor, q: Tensor, k: Tensor, v: Tensor, mix_logit: Tensor | None, place: Sequence[int], window: int, exact: bool
 ) -> Tensor:
     """o (B, N, H, D): the mixer's, with windows' mixed in on the grid and, with `exact`, softmax attention's off it.
 
-    `mix` (H,) is the windows' share, one half where it is None; `window` 0 is none; `place` is height, width and first token.
+    sigmoid(`mix_logit`), (H,), is the windows' share, one half where it is None; `window` 0 is none; `place` is height, width and
+    first token.
     """
-    mix = None if mix is None else mix.float().contiguous()
     given = _tokens(mixed), _tokens(q), _tokens(k), _tokens(v)
-    out: Tensor = torch.ops.lineate.cpu_joined(*given, mix, *place, window, exact)
+    out: Tensor = torch.ops.lineate.cpu_joined(*given, mix_logit, *place, window, exact)
     return out

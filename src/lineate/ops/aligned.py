@@ -79,7 +79,8 @@ def _backend(tensors: Sequence[Tensor], model: InnerModel) -> tuple[Backend, str
 
 
 @cache
-def _say(name: str, why: str) -> None:
+def say(name: str, why: str) -> None:
+    """Log once what runs, and why."""
     logger.info("aligned_ttt: %s, since %s", name, why)
 
 
@@ -107,5 +108,5 @@ def aligned_ttt(
     setting = Setting(height, width, first, eps, model, loss)
     backend, why = _backend((q, k, v, *weights, *(convolutions or ())), model)
     if not torch.compiler.is_compiling():
-        _say(backend.__name__, why)
+        say(backend.__name__, why)
     return backend(q, k, v, weights, convolutions, setting)

@@ -265,7 +265,5 @@ def by_compiled_pieces(
 ) -> Tensor:
     """As `by_pieces`, forward by the compiled kernels; `lineate.kernels.cpu.refusal` says what they cannot do."""
     if not torch.is_grad_enabled():
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        l2 = setting.loss == "l2"
-        return cpu.aligned(q, k, v, convolutions or (), weights, setting.eps, setting[:3], l2).transpose(1, 2)
+        return cpu.core(q, k, v, convolutions or (), weights, setting.eps, setting[:3], setting.loss == "l2")
     return _aligned(True, q, k, v, weights, convolutions, setting)
