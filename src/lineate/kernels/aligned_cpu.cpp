@@ -317,11 +317,13 @@ void pack(const Tensor& w, int64_t index, int64_t p, bool transposed, float* out
   });
 }
 
-// Taps (C, 1, 3, 3) and bias (C,) of head h as (10, P).
-void pack_taps(const Tensor& weight, const Tensor& bias, int64_t h, int64_t d, int64_t p, float* out) {
+// The kernel of x + DWC(x) of a convolution, weight (C, 1, 3, 3) and bias (C,): head h's taps and its bias as (10, P).
+void pack_taps(at::TensorList convolution, int64_t h, int64_t d, int64_t p, float* out) {
+  if (convolution.empty()) return;
+  const Tensor &weight = convolution[0], &bias = convolution[1];
   numbers_of(weight, [&](auto* taps) {
     for (int64_t i = 0; i < d; ++i)
-      for (int64_t j = 0; j < 9; ++j) out[j * p + i] = static_cast<float>(taps[(h * d + i) * 9 + j]);
+      for (int64_t j = 0; j < 9; ++j) out[j * p + i] = static_cast<float>(taps[(h * d + i) * 9 + j]) + (j == 4);
   });
   numbers_of(bias, [&](auto* offset) {
     for (int64_t i = 0; i < d; ++i) out[9 * p + i] = static_cast<float>(offset[h * d + i]);
@@ -486,14 +488,14 @@ void learn_blocks(
   }
 }
 
-// k, v (B, N, H, D), norm (B, 2, H, D), taps of a convolution, weights (H, D, D) each -> G, (M, B, H, D, D).
+// k, v (B, N, H, D), norm (B, 2, H, D), a convolution or nothing, weights (H, D, D) each -> G, (M, B, H, D, D).
 Tensor learn(
-    const Tensor& k, const Tensor& v, const std::optional<Tensor>& norm, at::TensorList taps, at::TensorList weights,
+    const Tensor& k, const Tensor& v, const std::optional<Tensor>& norm, at::TensorList convolution, at::TensorList weights,
     int64_t height, int64_t width, int64_t first, bool l2) {
   const int64_t batch = k.size(0), tokens = k.size(1), heads = k.size(2), d = k.size(3), p = padded(d);
   const int64_t matrices = weights.size();
   const Grid grid{height, width, first};
-  const Plan plan(blocks_of(tokens, grid, !taps.empty()), batch * heads);
+  const Plan plan(blocks_of(tokens, grid, !convolution.empty()), batch * heads);
   const int64_t n = largest(plan.blocks), image = image_size(plan.blocks, grid, p);
   Tensor sums = at::empty({matrices, batch, heads, plan.parts, d, d}, k.options().dtype(at::kFloat));
   float* out = sums.data_ptr<float>();
@@ -505,7 +507,7 @@ Tensor learn(
       if (norm)
         for (int64_t i = 0; i < 2; ++i)
           std::copy_n(norm->const_data_ptr<float>() + ((b * 2 + i) * heads + h) * d, d, affine + i * p);
-      if (!taps.empty()) pack_taps(taps[0], taps[1], h, d, p, kernel);
+      pack_taps(convolution, h, d, p, kernel);
       learn_blocks<scalar_t>(
           m, {k, b, h}, {v, b, h}, plan.begin_of(part), plan.begin_of(part + 1), grid, d, p,
           {norm ? affine : nullptr, kernel});
@@ -538,13 +540,13 @@ void answer_blocks(
   }
 }
 
-// q (B, N, H, D), taps of a convolution, fitted weights (B, H, D, D) each -> o (B, N, H, D) in q's type.
+// q (B, N, H, D), a convolution or nothing, fitted weights (B, H, D, D) each -> o (B, N, H, D) in q's type.
 Tensor answer(
-    const Tensor& q, at::TensorList taps, at::TensorList weights, int64_t height, int64_t width, int64_t first) {
+    const Tensor& q, at::TensorList convolution, at::TensorList weights, int64_t height, int64_t width, int64_t first) {
   const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), d = q.size(3), p = padded(d);
   const bool gated = weights.size() == 3;
   const Grid grid{height, width, first};
-  const Plan plan(blocks_of(tokens, grid, !taps.empty()), batch * heads);
+  const Plan plan(blocks_of(tokens, grid, !convolution.empty()), batch * heads);
   const int64_t n = largest(plan.blocks), image = image_size(plan.blocks, grid, p);
   Tensor out = at::empty({batch, tokens, heads, d}, q.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "answer", [&] {
@@ -555,7 +557,7 @@ Tensor answer(
       pack(weights.front(), head, p, false, in);
       if (gated) pack(weights[1], head, p, false, gates);
       pack(weights.back(), head, p, false, back);
-      if (!taps.empty()) pack_taps(taps[0], taps[1], h, d, p, kernel);
+      pack_taps(convolution, h, d, p, kernel);
       answer_blocks<scalar_t>(
           {q, b, h}, out.data_ptr<scalar_t>() + (b * tokens * heads + h) * d, heads * d, plan.begin_of(part),
           plan.begin_of(part + 1), grid, d, p, kernel, in, gated ? gates : nullptr, back, pixels, x, z, y);
@@ -929,12 +931,6 @@ Tensor joined(
 
 // ------------------------------------------------------------------------------------------------------------------------ core
 
-// The kernel of x + DWC(x).
-void pack_residual(const Tensor& weight, const Tensor& bias, int64_t h, int64_t d, int64_t p, float* out) {
-  pack_taps(weight, bias, h, d, p, out);
-  for (int64_t i = 0; i < d; ++i) out[4 * p + i] += 1.0f;
-}
-
 // w (P, P) <- w - c·g
 void descend(int64_t p, float c, const float* g, float* w) {
   for (int64_t i = 0; i < p * p; i += LANES) at(w + i) -= c * at(g + i);
@@ -959,10 +955,8 @@ Tensor by_head(
       const Inner m(scratch, weights, h, l2, image, n, p);
       float *norm = scratch.take(2 * p), *q_kernel = scratch.take(10 * p), *k_kernel = scratch.take(10 * p);
       if (eps) affine(moments(keys, 0, tokens, d, scratch), *eps, d, norm, norm + p);
-      if (!convolutions.empty()) {
-        pack_residual(convolutions[0], convolutions[1], h, d, p, q_kernel);
-        pack_residual(convolutions[2], convolutions[3], h, d, p, k_kernel);
-      }
+      pack_taps(convolutions.slice(0, convolutions.size() / 2), h, d, p, q_kernel);
+      pack_taps(convolutions.slice(convolutions.size() / 2), h, d, p, k_kernel);
       learn_blocks(m, keys, values, begin, end, grid, d, p, {eps ? norm : nullptr, k_kernel});
       descend(p, c, m.g_in, m.in);
       if (m.gated) descend(p, c, m.g_gate, m.gate);
@@ -982,19 +976,13 @@ Tensor by_head(
 Tensor by_part(
     const Tensor& q, const Tensor& k, const Tensor& v, at::TensorList convolutions, at::TensorList weights,
     std::optional<double> eps, bool l2, const Grid& grid) {
-  std::vector<Tensor> kernels;  // of x + DWC(x)
-  for (const Tensor& x : convolutions) kernels.push_back(x.to(at::kFloat, false, x.dim() == 4));
-  for (Tensor& x : kernels)
-    if (x.dim() == 4) x.select(2, 1).select(2, 1).add_(1);
-  const at::TensorList taps(kernels);
-  const size_t half = taps.size() / 2;
   std::optional<Tensor> norm;
   if (eps) norm = statistics(k, *eps);
-  const Tensor sums = learn(k, v, norm, taps.slice(half), weights, grid.height, grid.width, grid.first, l2);
+  const Tensor sums = learn(k, v, norm, convolutions.slice(convolutions.size() / 2), weights, grid.height, grid.width, grid.first, l2);
   const double c = 1.0 / (std::sqrt(static_cast<double>(q.size(3))) * q.size(1));
   std::vector<Tensor> fitted;
   for (size_t i = 0; i < weights.size(); ++i) fitted.push_back(weights[i].to(at::kFloat).sub(sums.select(0, i), c).contiguous());
-  return answer(q, taps.slice(0, half), fitted, grid.height, grid.width, grid.first);
+  return answer(q, convolutions.slice(0, convolutions.size() / 2), fitted, grid.height, grid.width, grid.first);
 }
 
 // q, k, v (B, H, N, D) as they lie -> o (B, H, N, D), laid out by tokens: T⁵'s three steps, and what joins them.
@@ -1024,7 +1012,7 @@ Tensor core(
 TORCH_LIBRARY_FRAGMENT(lineate, library) {
   library.def("cpu_statistics(Tensor k, float eps) -> Tensor");
   library.def(
-      "cpu_learn(Tensor k, Tensor v, Tensor? norm, Tensor[] taps, Tensor[] weights, SymInt height, SymInt width, SymInt first, "
+      "cpu_learn(Tensor k, Tensor v, Tensor? norm, Tensor[] convolution, Tensor[] weights, SymInt height, SymInt width, SymInt first, "
       "bool l2) -> Tensor");
   library.def(
       "cpu_core(Tensor q, Tensor k, Tensor v, Tensor[] convolutions, Tensor[] weights, float? eps, Tensor? mix_logit, SymInt height, "
@@ -1034,7 +1022,7 @@ TORCH_LIBRARY_FRAGMENT(lineate, library) {
   library.def(
       "cpu_joined(Tensor mixed, Tensor q, Tensor k, Tensor v, Tensor? mix_logit, SymInt height, SymInt width, SymInt first, "
       "SymInt window, bool exact) -> Tensor");
-  library.def("cpu_answer(Tensor q, Tensor[] taps, Tensor[] weights, SymInt height, SymInt width, SymInt first) -> Tensor");
+  library.def("cpu_answer(Tensor q, Tensor[] convolution, Tensor[] weights, SymInt height, SymInt width, SymInt first) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(lineate, CPU, library) {

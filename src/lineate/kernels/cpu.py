@@ -36,7 +36,7 @@ def _statistics_of(k: Tensor, eps: float) -> Tensor:
     return k.new_empty((batch, 2, heads, dim), dtype=torch.float32)
 
 
-def _sums_of(k: Tensor, v: Tensor, norm: Tensor | None, taps: list[Tensor], weights: list[Tensor], *_: Any) -> Tensor:
+def _sums_of(k: Tensor, v: Tensor, norm: Tensor | None, convolution: list[Tensor], weights: list[Tensor], *_: Any) -> Tensor:
     return k.new_empty((len(weights), len(k), *weights[0].shape), dtype=torch.float32)
 
 
@@ -173,18 +173,19 @@ def statistics(k: Tensor, eps: float) -> Tensor:
 
 
 def learn(
-    k: Tensor, v: Tensor, norm: Tensor | None, taps: Sequence[Tensor], weights: Sequence[Tensor], place: Sequence[int], l2: bool
-) -> tuple[Tensor, ...]:
-    """G of (k̂, v), (B, H, D, D) each; `place` is the grid's height, width and first token, `taps` weight and bias or nothing."""
+    k: Tensor, v: Tensor, norm: Tensor | None, convolution: Sequence[Tensor], weights: Sequence[Tensor], place: Sequence[int],
+    l2: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """G of (k̂, v), (B, H, D, D) each; `place` is the grid's height, width, first token, `convolution` weight and bias or ()."""
     if k.dtype != v.dtype:
         k, v = k.float(), v.float()
-    sums: Tensor = torch.ops.lineate.cpu_learn(_tokens(k), _tokens(v), norm, _dense(taps), _dense(weights), *place, l2)
+    sums: Tensor = torch.ops.lineate.cpu_learn(_tokens(k), _tokens(v), norm, _dense(convolution), _dense(weights), *place, l2)
     return sums.unbind(0)
 
 
-def answer(q: Tensor, taps: Sequence[Tensor], fitted: Sequence[Tensor], place: Sequence[int]) -> Tensor:
+def answer(q: Tensor, convolution: Sequence[Tensor], fitted: Sequence[Tensor], place: Sequence[int]) -> Tensor:
     """o (B, N, H, D) of q and the fitted matrices (B, H, D, D)."""
-    out: Tensor = torch.ops.lineate.cpu_answer(_tokens(q), _dense(taps), _dense(fitted), *place)
+    out: Tensor = torch.ops.lineate.cpu_answer(_tokens(q), _dense(convolution), _dense(fitted), *place)
     return out
 
 

@@ -78,7 +78,8 @@ def _see(x: Tensor, norm: Tensor | None, kernel: Sequence[Tensor], piece: Piece,
     """A piece's q̂ or k̂, (H, n, D), from what it reads (m, H, D); norm (2, H, D)."""
     x = x if norm is None else torch.addcmul(norm[0], x, norm[1])
     if piece.zeros is not None:
-        (tokens, heads, dim), (weight, bias), (before, behind) = x.shape, kernel, piece.outside
+        (tokens, heads, dim), (before, behind) = x.shape, piece.outside
+        weight, bias = wide(kernel[0]) + CENTRE, wide(kernel[1])
         first, rows, last = x.split((before, tokens - before - behind, behind))
         padded = F.pad(rows, (0, 0, 0, 0, *piece.zeros)) if any(piece.zeros) else rows.contiguous()
         image = padded.view(1, -1, width, heads * dim).permute(0, 3, 1, 2)
@@ -233,11 +234,6 @@ class _Answer(Function):
         return None, None, *buffers
 
 
-def _kernel(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias of x + DWC(x)."""
-    return wide(weight) + CENTRE, wide(bias)
-
-
 def _aligned(
     compiled: bool,
     q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], convolutions: Sequence[Tensor] | None, setting: Setting,
@@ -245,7 +241,7 @@ def _aligned(
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         start = [wide(w) for w in weights]
-        q_kernel, k_kernel = ((), ()) if convolutions is None else (_kernel(*convolutions[:2]), _kernel(*convolutions[2:]))
+        q_kernel, k_kernel = ((), ()) if convolutions is None else (convolutions[:2], convolutions[2:])
         norm = None if setting.eps is None else _Statistics.apply(compiled, setting.eps, k)
         gradients = _Learn.apply(compiled, setting, k, v, norm, *k_kernel, *start)
         fitted = [torch.add(w, g, alpha=-(q.shape[-1] ** -0.5) / q.shape[1]) for w, g in zip(start, gradients, strict=True)]
