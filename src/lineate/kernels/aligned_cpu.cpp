@@ -755,7 +755,7 @@ Weight merge(int64_t p, Weight of, Weight other, const float* more, float* o) {
   return {top, all};
 }
 
-// What one head's softmax branches take, whose `off` tokens off the grid are seen by all windows and, with `exact`, see all.
+// How much room a head's softmax branches take; `window` 0 is no window, and without `exact` nobody asks for all.
 struct Room {
   Grid grid;
   Side tall, wide;
@@ -772,6 +772,7 @@ struct Room {
   }
 };
 
+// A head's softmax branches: windows for tokens of the grid, which see those off it too, and for these exact attention to all.
 template <typename T>
 class Branches : Room {
  public:
