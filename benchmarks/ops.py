@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lineate import runs
-from lineate.evaluate.cost import LiveTensors
+from lineate.evaluate.cost import LiveTensors, gemm_rate, time_ms
 from lineate.ops import aligned
 from lineate.ops.aligned_cpu import by_pieces
 from lineate.ops.aligned_eager import Setting, by_eager
@@ -82,16 +82,6 @@ def call(contender: Contender, projection: Tensor, backward: bool) -> None:
         out.backward(torch.ones_like(out))
 
 
-def milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) * 1e3
-
-
 def spread(timings: list[float]) -> dict[str, float]:
     low, median, high = torch.tensor(timings, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
     return {"ms": median.item(), "iqr_ms": (high - low).item(), "repeats": len(timings)}
@@ -101,11 +91,8 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """What this machine does at best: a copy, read and write counted, and a product of two large matrices."""
     source = torch.randn((64 if device.type == "cpu" else 1024) * 2**20 // dtype.itemsize, device=device).to(dtype)
     target = torch.empty_like(source)
-    a = torch.randn(*(2 * (1024 if device.type == "cpu" else 8192,)), device=device).to(dtype)
-    copy, product = (
-        min(milliseconds(run, device) for _ in range(10)) for run in (lambda: target.copy_(source), lambda: torch.mm(a, a))
-    )
-    return {"copy_gb_s": 2 * source.nbytes / copy / 1e6, "gemm_gmac_s": len(a) ** 3 / product / 1e6}
+    copy = min(time_ms(lambda: target.copy_(source), device) for _ in range(10))
+    return {"copy_gb_s": 2 * source.nbytes / copy / 1e6, "gemm_gmac_s": gemm_rate(device, dtype)}
 
 
 def saved_mib(contender: Contender, projection: Tensor) -> float:
@@ -165,7 +152,7 @@ def measure(args: argparse.Namespace, tokens: int, dim: int, model: str, limits:
             for name in running:
                 projection = projections[len(timings[name]) % INPUTS]
                 projection.grad = None
-                timings[name].append(milliseconds(partial(call, contenders[name], projection, args.backward), device))
+                timings[name].append(time_ms(partial(call, contenders[name], projection, args.backward), device))
     work = PRODUCTS[model][args.loss] * args.batch * side * side * channels * dim / limits["gemm_gmac_s"] / 1e6
     floor = max(work, PASSES * projections[0].nbytes / 3 / limits["copy_gb_s"] / 1e6)
     for name in running:

@@ -90,15 +90,19 @@ def timed(row: dict[str, Any]) -> str:
 def end_to_end(result: dict[str, Any]) -> list[str]:
     """One line for each picture size."""
     cost = result["cost"]
+    limit = cost.get("gemm_gmac_s")
     lines = [
-        f"{cost['dtype']}, batch {cost['batch']}; {cost['crossover_note']}.",
+        f"{cost['dtype']}, batch {cost['batch']}{f', GEMM {limit:.0f} Gmac/s' if limit else ''}; {cost['crossover_note']}.",
         "",
-        "| px | tokens | original ms (IQR) | converted ms (IQR) | speed-up | Gmac | peak MiB |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| px | tokens | original ms (IQR) | converted ms (IQR) | speed-up | Gmac | of the GEMM rate | peak MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in cost["rows"]:
-        pairs = [f"{row[f'original_{unit}']:.1f} → {row[f'converted_{unit}']:.1f}" for unit in ("gmacs", "peak_mib")]
-        lines.append(f"| {row['height']}×{row['width']} | {row['tokens']} | {timed(row)} | {' | '.join(pairs)} |")
+        models = [{unit: row[f"{name}_{unit}"] for unit in ("ms", "gmacs", "peak_mib")} for name in ("original", "converted")]
+        macs, memory = (" → ".join(f"{model[unit]:.1f}" for model in models) for unit in ("gmacs", "peak_mib"))
+        rates = " → ".join(f"{model['gmacs'] / model['ms'] * 1e3 / limit:.0%}" for model in models) if limit else ""
+        size = f"{row['height']}×{row['width']} | {row['tokens']}"
+        lines.append(f"| {size} | {timed(row)} | {macs} | {rates} | {memory} |")
     return lines
 
 
@@ -156,9 +160,10 @@ def page() -> str:
         "",
         "Written by `python benchmarks/performance.py` from `benchmarks/results/`. Contenders take turns in one process; medians",
         "and interquartile ranges. The floor of an operator's row is the larger of seven passes over a (B, N, C) tensor at this",
-        "machine's copy rate and of its multiply-adds at its GEMM rate. `aligned` is what a converted model runs: on a CPU",
-        "that is named with CPU kernels those that `lineate build` compiles once with a C++20 compiler (scratch, 1 or 2 MiB a",
-        "thread, does not show as peak), else `pieces`, plain PyTorch.",
+        "machine's copy rate and of its multiply-adds at its GEMM rate; a model's multiply-adds a second are given as a share of",
+        "the latter, measured in the same run. `aligned` is what a converted model runs: on a CPU that is named with CPU kernels",
+        "those that `lineate build` compiles once with a C++20 compiler (scratch, 1 or 2 MiB a thread, does not show as peak),",
+        "else `pieces`, plain PyTorch.",
     ]
     missing = []
     for name, (title, command) in WANTED.items():

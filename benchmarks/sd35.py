@@ -17,8 +17,7 @@ import argparse
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -32,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lineate
 from lineate import runs
-from lineate.evaluate.cost import peak_mib
+from lineate.evaluate.cost import peak_mib, time_ms
 from lineate.text2image.texts import quietly
 
 RESULTS = Path(__file__).parent / "results"
@@ -93,17 +92,6 @@ def _count(model: nn.Module, px: int) -> float:
     return counter.get_total_flops() / 2 / 1e9
 
 
-def clock(run: Callable[[], object], device: str) -> float:
-    """Milliseconds of one call."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e3
-
-
 def denoise(model: nn.Module, given: tuple[Tensor, ...], guidance: float = 3.5) -> Tensor:
     """A run of `STEPS` steps from noise."""
     latents, *beside, _ = given
@@ -129,12 +117,12 @@ def timings(device: str, repeats: int, sizes: tuple[int, ...]) -> Iterator[list[
         times: dict[str, list[float]] = {name: [] for name in models}
         for _ in range(repeats + 1):
             for name, model in ready.items():
-                times[name].append(clock(partial(model, *given), device))
+                times[name].append(time_ms(partial(model, *given), torch.device(device)))
         rows = []
         for name, (_, *measured) in times.items():  # the first call compiled, and took its workspaces
             low, median, high = statistics.quantiles(measured, n=4, method="inclusive")
             row = {"px": px, "model": name, "compiled": compiled, "repeats": repeats, "step_ms": median, "iqr_ms": high - low}
-            row["run_s"] = clock(partial(denoise, ready[name], given), device) / 1e3 if real else None
+            row["run_s"] = time_ms(partial(denoise, ready[name], given), torch.device(device)) / 1e3 if real else None
             row["peak_mib"] = (
                 None if compiled else round(peak_mib(models[name], given[0], partial(_beside, models[name], given[1:])))
             )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lineate.convert import PRESETS, Conversion, convert, is_new
 from lineate.core import Neighborhood
 from lineate.evaluate import EvaluationError
-from lineate.evaluate.cost import CostRow, cost, count_macs, count_operator_macs, crossover, device_name, peak_mib
+from lineate.evaluate.cost import CostRow, cost, count_macs, count_operator_macs, crossover, device_name, gemm_rate, peak_mib
 from lineate.layout import TokenLayout
 from lineate.mixers.local import NeighborhoodConfig
 from lineate.mixers.softmax import SoftmaxConfig
@@ -297,3 +297,9 @@ def test_bad_input_is_named() -> None:
         cost(*models(dynamic_img_size=False), [(64, 64)])
     with pytest.raises(EvaluationError, match=r"float32.*bfloat16"):
         cost(original, converted.bfloat16(), [(32, 32)])
+
+
+def test_the_gemm_rate_is_of_the_best_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    timings = iter([4.0] * 9 + [2.0])
+    monkeypatch.setattr("lineate.evaluate.cost.time_ms", lambda run, device: next(timings))
+    assert gemm_rate(torch.device("cpu"), torch.float32) == pytest.approx(1024**3 / 2e-3 / 1e9)

@@ -23,6 +23,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ class Cost(Frozen):
     `crossover_px` is the side of the square picture from which the speed-up stays above 1, or None if it never or always
     does; `crossover_note` says which. `original_attention` is the host's softmax attention: "fused", "unfused" or "mixed".
     `compiled`: whether both models were timed through `torch.compile`; memory is the uncompiled models' in any case.
+    `gemm_gmac_s` is what a product of two large matrices reaches here, in 10⁹ multiply-adds a second: no model is faster.
     """
 
     rows: tuple[CostRow, ...]
@@ -85,6 +87,7 @@ class Cost(Frozen):
     device: str
     dtype: str
     original_attention: str
+    gemm_gmac_s: float
     compiled: bool = False
 
 
@@ -192,14 +195,22 @@ def peak_mib(model: nn.Module, images: Tensor, run: Run | None = None) -> float:
     return float(live.peak) / 2**20
 
 
-def _time_ms(run: Run, images: Tensor) -> float:
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
+def time_ms(run: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds that `run` takes, a GPU's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
-    run(images)
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return (time.perf_counter() - start) * 1e3
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """10⁹ multiply-adds a second of a product of two large square matrices, the best of some."""
+    side = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(side, side, device=device).to(dtype)
+    return side**3 / min(time_ms(lambda: a @ a, device) for _ in range(10)) / 1e6
 
 
 def _interleaved(runs: tuple[Run, Run], images: Tensor, repeats: int, warmup: int, deadline: float | None) -> Tensor:
@@ -211,7 +222,7 @@ def _interleaved(runs: tuple[Run, Run], images: Tensor, repeats: int, warmup: in
     while len(timings) < repeats:
         if deadline is not None and len(timings) >= _FEWEST_TIMINGS and time.monotonic() > deadline:
             break
-        timings.append([_time_ms(run, images) for run in runs])
+        timings.append([time_ms(partial(run, images), images.device) for run in runs])
     return torch.tensor(timings, dtype=torch.float64)
 
 
@@ -354,5 +365,6 @@ def cost(
         device=device_name(reference.device),
         dtype=str(reference.dtype).removeprefix("torch."),
         original_attention=detect(original).softmax_kind(original),
+        gemm_gmac_s=gemm_rate(reference.device, reference.dtype),
         compiled=compiled,
     )
