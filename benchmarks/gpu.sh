@@ -24,7 +24,10 @@ bench() { # name, source, preset, sizes
     --out "benchmarks/results/gpu-$1.json" --overwrite
 }
 
-nvidia-smi --query-gpu=name,driver_version,clocks.sm,temperature.gpu --format=csv
+if ! nvidia-smi --query-gpu=name,driver_version,clocks.sm,temperature.gpu --format=csv; then
+  echo 'error: no NVIDIA GPU here that nvidia-smi can show' >&2
+  exit 1
+fi
 part correctness 150 python -m pytest -q tests/test_cuda.py tests/kernels/test_kernels.py
 sweep="python benchmarks/ops.py --device cuda --dtype bfloat16 --batch 2 --heads 24 --loss l2 --seconds 4"
 part operator 90 $sweep --tokens 1024,4096,16384,65536 --skip "sdpa math" --out benchmarks/results/gpu-ops.json
