@@ -116,9 +116,10 @@ class CoreAttention(nn.Module):
 
     def _in_one(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor | None:
         """All of it by one kernel, which a CPU has where nothing learns; else None."""
-        config, mixer, taps, (window, exact) = self.config, self.mixer, self._taps(), self._branches(layout)
+        config, mixer = self.config, self.mixer
         if torch.is_grad_enabled() or q.device.type != "cpu" or not self.simple or not isinstance(mixer, TTT):
             return None
+        taps, (window, exact) = self._taps(), self._branches(layout)
         fits = q.shape == k.shape == v.shape and not (exact and layout.prefix + layout.suffix > cpu.FEW)
         if not fits or cpu.refusal((q, k, v, *mixer.weights, *taps), mixer.config.inner) is not None:
             return None
