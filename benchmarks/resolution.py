@@ -4,7 +4,7 @@
     python benchmarks/resolution.py --table
 
 A row is one (preset, px calibrated at, seed), compared with the original at every size of --at. Rows that the file has already
-are not run again. On two CPU cores a row takes about four minutes at 224 px, and ten at 336 px.
+are not run again. A row takes some ten minutes on two CPU cores at 224 px, and more than twice that at 336 px.
 """
 
 from __future__ import annotations
