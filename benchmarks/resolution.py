@@ -18,6 +18,7 @@ import torch
 
 from lineate import runs
 from lineate.embedded import CALIBRATION_PHOTOS, HELD_OUT_PHOTOS, photographs
+from lineate.evaluate.cost import check_sizes
 from lineate.evaluate.fidelity import fidelity
 from lineate.images import centre_crop
 from lineate.linearize import crops, fit, load_pair
@@ -35,21 +36,14 @@ def sizes(text: str) -> list[int]:
 def measure(settings: Settings, seed: int, px: int, at: list[int]) -> dict[str, Any]:
     """Convert, calibrate at `px`, and compare with the original at every size of `at`."""
     pair = load_pair("embedded", settings.conversion, image_size=px)
-    result = fit(
-        pair.converted,
-        crops(pair.source, photographs(CALIBRATION_PHOTOS), settings.calibration, seed),
-        settings.calibration,
-        _quiet,
-    )
+    check_sizes(pair.original, [(size, size) for size in at])
+    pool = crops(pair.source, photographs(CALIBRATION_PHOTOS), settings.calibration, seed)
+    result = fit(pair.converted, pool, settings.calibration, lambda *_: None)
     found = {}
     for size in at:
         held_out = [centre_crop(path, size, pair.source.mean, pair.source.std) for path in photographs(HELD_OUT_PHOTOS)]
         found[str(size)] = fidelity(pair.original, pair.converted, held_out).model_dump(mode="json")
     return {"seconds": result.seconds, "fidelity": found}
-
-
-def _quiet(*_: object) -> None:
-    pass
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -258,6 +258,18 @@ def test_a_whole_core_is_one_kernel_and_other_mixers_are_joined_by_one(
     assert found.transpose(1, 2).is_contiguous() and half.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("affine", [False, True], ids=["in one", "mixer first"])
+def test_shares_of_the_windows_are_read_as_they_lie(kernels: None, affine: bool) -> None:
+    layout = TokenLayout(5, 7, 1)
+    core = CoreAttention(CoreConfig(neighborhood=Neighborhood(mix="learned"), qk_affine=affine), HEADS, 16)
+    core.mix_logit = torch.nn.Parameter((3 * torch.randn(HEADS, 2))[:, 0])
+    assert core.mix_logit.stride() == (2,)
+    q, k, v = torch.randn(3, 2, HEADS, layout.tokens, 16)
+    with torch.no_grad():
+        found = core(q, k, v, layout)
+    assert off(found, deepcopy(core).double()(q.double(), k.double(), v.double(), layout)) < 1e-5
+
+
 @pytest.mark.parametrize(
     "change",
     [{"key_norm": "none"}, {"key_norm": "layer"}, {"locality": "none"}, {"locality": "dwc-v"}, {"key_norm_scope": "modality"}],

@@ -901,7 +901,10 @@ struct Joins {
   bool any() const { return window > 0 || exact; }
   float mix(int64_t h) const {
     float share = 0.5f;
-    if (mix_logit) numbers_of(*mix_logit, [&](auto* logit) { share = 1.0f / (1.0f + std::exp(-static_cast<float>(logit[h]))); });
+    if (mix_logit)
+      numbers_of(*mix_logit, [&](auto* logits) {
+        share = 1.0f / (1.0f + std::exp(-static_cast<float>(logits[h * mix_logit->stride(0)])));
+      });
     return share;
   }
 };
